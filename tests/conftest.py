@@ -1,0 +1,67 @@
+"""What every test shares: small models with extreme K-norm weights, and a GPU if there is one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import cupy_attn as ca
+from cupy_attn import cuda
+
+# Maxima of |k_norm.weight| the tests are run at: the threshold, Qwen3-0.6B layers 1 and 0, and far beyond.
+K_NORM_MAXIMA = (20.0, 44.5, 96.5, 1000.0)
+
+
+def make_config(**changes) -> ca.AttentionConfig:
+    """Return a small config; any ``config.json`` key can be changed."""
+    base = {
+        "model_type": "qwen3", "hidden_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "rms_norm_eps": 1e-6, "rope_theta": 1_000_000.0, "max_position_embeddings": 4096, "num_hidden_layers": 4,
+    }  # fmt: skip
+    return ca.AttentionConfig.from_dict(base | changes)
+
+
+def make_weights(config: ca.AttentionConfig, *, k_norm_max=96.5, seed=0, layer=0, dtype="float32"):
+    """Return random weights whose |k_norm| has the given maximum, in a few dimensions, as Qwen3-0.6B has."""
+    rng = np.random.default_rng(seed)
+    h, q, kv, d = config.hidden_size, config.q_size, config.kv_size, config.head_dim
+    shapes = {"q_proj": (q, h), "k_proj": (kv, h), "v_proj": (kv, h), "o_proj": (h, q)}
+    tensors = {
+        f"self_attn.{name}.weight": (rng.standard_normal(shape) / np.sqrt(shape[1])).astype(np.float32)
+        for name, shape in shapes.items()
+    }
+    if config.attention_bias:
+        tensors |= {f"self_attn.{n}.bias": rng.standard_normal(s[0]).astype(np.float32) for n, s in shapes.items()}
+    k_norm = np.abs(rng.standard_normal(d) * min(k_norm_max / 10, 3)).clip(0.1)
+    k_norm[rng.permutation(d)[: max(1, d // 32)]] = k_norm_max
+    tensors["self_attn.k_norm.weight"] = k_norm.astype(np.float32)
+    tensors["self_attn.q_norm.weight"] = (1 + rng.standard_normal(d) * 0.3).astype(np.float32)
+    tensors["input_layernorm.weight"] = (1 + rng.standard_normal(h) * 0.2).astype(np.float32)
+    return ca.AttentionWeights.from_dict(tensors, config, layer=layer).astype(dtype)
+
+
+def make_hidden(config: ca.AttentionConfig, batch: int, seq: int, *, seed=1, dtype="float32") -> np.ndarray:
+    """Return hidden states with a few large channels, as a residual stream has."""
+    from cupy_attn.arrays import storage_dtype
+
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((batch, seq, config.hidden_size))
+    x[..., :: max(1, config.hidden_size // 3)] *= 20
+    return x.astype(storage_dtype(dtype))
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> str:
+    """Every backend; the GPU where there is one."""
+    if request.param == "cuda" and cuda.problem():
+        pytest.skip(cuda.problem())
+    return request.param
+
+
+def pytest_collection_modifyitems(items) -> None:
+    """Skip what needs a GPU where there is none."""
+    problem = cuda.problem()
+    if problem:
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=problem))
