@@ -68,6 +68,8 @@ class RopeConfig:
             value = getattr(self, name)
             if value is not None:
                 _positive(f"rope {name}", value)
+        if not isinstance(self.truncate, bool):
+            raise ConfigError(f"rope truncate is {self.truncate!r}; it must be true or false.")
         if self.rope_type == "yarn" and self.beta_fast < self.beta_slow:
             raise ConfigError(
                 f"rope beta_fast is {self.beta_fast} and beta_slow {self.beta_slow}; beta_fast must be the larger."
@@ -294,7 +296,9 @@ class AttentionConfig:
                     f"{heads}; add head_dim to the config."
                 )
             head_dim = hidden_size // heads
-        max_positions = _or_default(config, "max_position_embeddings", DEFAULT_MAX_POSITIONS)
+        max_positions = _positive_int(
+            "max_position_embeddings", _or_default(config, "max_position_embeddings", DEFAULT_MAX_POSITIONS)
+        )
         window, layer_types, num_layers = _sliding(config)
         return cls(
             hidden_size=hidden_size,
@@ -326,6 +330,7 @@ class AttentionConfig:
             "rope_parameters": self.rope.to_dict(),
             "use_sliding_window": self.sliding_window is not None,
             "sliding_window": self.sliding_window,
+            "max_window_layers": 0,  # where layer_types is null, all layers are alike
             "layer_types": None if self.layer_types is None else list(self.layer_types),
             "num_hidden_layers": self.num_hidden_layers,
         }
@@ -356,6 +361,8 @@ def _sliding(config: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...] | N
     first_sliding = _or_default(config, "max_window_layers", 28)
     if isinstance(first_sliding, bool) or not isinstance(first_sliding, int) or first_sliding < 0:
         raise ConfigError(f"max_window_layers is {first_sliding!r}; it must be an integer of at least 0.")
+    if first_sliding == 0:
+        return window, None, num_layers
     if num_layers is None:
         raise ConfigError(
             "use_sliding_window is true but neither layer_types nor num_hidden_layers says which layers slide; "

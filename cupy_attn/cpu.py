@@ -27,6 +27,7 @@ from .plan import Plan
 from .rope import rope_angles, rope_table
 from .weights import AttentionWeights
 
+THREADED_ROWS = 256  # new tokens from which our own threads beat BLAS's: each task packs the whole weight again
 PROJECT_ROWS = 256  # rows of one GEMM task: 256 x 1024 float32 is half of a core's L2
 ATTEND_ROWS = 512  # query rows (tokens times group) of one attention task; with ATTEND_KEYS, 1 MB of scores
 ATTEND_KEYS = 512
@@ -61,8 +62,7 @@ class CpuBackend:
 
     def forward(self, plan: Plan, cache: KVCache) -> np.ndarray:
         """Run one planned call: write K and V past the cached tokens, return y [B, S, H] in the storage dtype."""
-        tokens = int(plan.num_tokens.sum())
-        if tokens * self.config.group <= DECODE_ROWS:
+        if int(plan.num_tokens.sum()) < THREADED_ROWS:
             # Too little work to wake a thread for: BLAS's own, which spin for a while, share out the products.
             return _Run(self, plan, cache, threads=1).run()
         with _one_blas_thread():
@@ -82,7 +82,13 @@ class _Run:
 
     def __init__(self, backend: CpuBackend, plan: Plan, cache: KVCache, *, threads: int) -> None:
         config, self.threads = backend.config, threads
-        self.config, self.w, self.window, self.plan, self.cache = config, backend.w, backend.window, plan, cache
+        self.config, self.w, self.window, self.plan, self.cache = (
+            config,
+            backend.w,
+            backend.window,
+            plan,
+            cache,
+        )
         self.batch_idx, self.seq_idx = np.nonzero(np.arange(plan.seq)[None, :] < plan.num_tokens[:, None])
         self.first_row = np.concatenate([[0], np.cumsum(plan.num_tokens)])
         self.rows = len(self.batch_idx)
@@ -166,7 +172,16 @@ class _Run:
         cache.rotated[where] = k_rope
         if self.stages:
             v = v.astype(cache.dtype).astype(np.float32)
-            made = {"input_norm": h, "q": q, "k": k, "v": v, "q_norm": q_norm, "k_norm": k_norm, "q_rope": q_rope, "k_rope": k_rope}
+            made = {
+                "input_norm": h,
+                "q": q,
+                "k": k,
+                "v": v,
+                "q_norm": q_norm,
+                "k_norm": k_norm,
+                "q_rope": q_rope,
+                "k_rope": k_rope,
+            }
             for name, value in made.items():
                 self._keep(name, rows, value)
 
@@ -185,7 +200,7 @@ class _Run:
 
     def _attend_tasks(self) -> list[Callable[[], None]]:
         kv_heads, plan = self.config.num_key_value_heads, self.plan
-        tasks = []
+        tasks: list[Callable[[], None]] = []
         for b in range(plan.batch):
             new = int(plan.num_tokens[b])
             block = max(1, ATTEND_ROWS // self.config.group)
@@ -206,7 +221,7 @@ class _Run:
 
     def _attend(self, b: int, queries: slice, kv_heads: slice, all_values: np.ndarray | None) -> None:
         """Attend from one block of a sequence's new tokens with all query heads of some KV heads."""
-        config, group, dim = self.config, self.config.group, self.config.head_dim
+        group, dim = self.config.group, self.config.head_dim
         rows = slice(self.first_row[b] + queries.start, self.first_row[b] + queries.stop)
         heads = slice(kv_heads.start * group, kv_heads.stop * group)
         count, num_kv = queries.stop - queries.start, kv_heads.stop - kv_heads.start

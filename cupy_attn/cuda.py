@@ -163,8 +163,7 @@ class CudaBackend:
         k_pos = cache.key_positions(b, q_pos)
         q_norm, k_norm = ops.qk_norm(q, keys, w["q_norm"], w["k_norm"], config.rms_norm_eps)
         cos, sin = (
-            xp.asarray(a, np.float32)
-            for a in rope_angles(config, k_pos, int(k_pos[-1]) + 1, angles=self._angles)
+            xp.asarray(a, np.float32) for a in rope_angles(config, k_pos, int(k_pos[-1]) + 1, angles=self._angles)
         )
         q_rope = ops.apply_rope(q_norm, cos[start:], sin[start:])
         k_rope = ops.apply_rope(k_norm, cos, sin)
@@ -174,9 +173,7 @@ class CudaBackend:
         }  # fmt: skip
         return stages | self._attend(q_rope, k_rope, values, q_pos, k_pos, wanted=plan.stages is not None)
 
-    def _attend(
-        self, q: Any, k: Any, v: Any, q_pos: np.ndarray, k_pos: np.ndarray, *, wanted: bool
-    ) -> dict[str, Any]:
+    def _attend(self, q: Any, k: Any, v: Any, q_pos: np.ndarray, k_pos: np.ndarray, *, wanted: bool) -> dict[str, Any]:
         """Attend in blocks of queries, so that the scores stay within SCORE_BYTES."""
         xp, config = self.xp, self._config
         step = max(1, SCORE_BYTES // (4 * config.num_attention_heads * len(k_pos)))

@@ -54,7 +54,7 @@ class Attention:
     >>> rng = np.random.default_rng(0)
     >>> shapes = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 64)}
     >>> weights = {f"self_attn.{n}.weight": rng.standard_normal(s, np.float32) / 8 for n, s in shapes.items()}
-    >>> weights |= {"self_attn.q_norm.weight": np.ones(16, np.float32), "self_attn.k_norm.weight": np.ones(16, np.float32)}
+    >>> weights |= {f"self_attn.{n}_norm.weight": np.ones(16, np.float32) for n in "qk"}
     >>> weights["input_layernorm.weight"] = np.ones(64, np.float32)
     >>> layer = ca.Attention(config, weights, dtype="float32", device="cpu")
     >>> cache = layer.new_cache(batch=1, capacity=16)

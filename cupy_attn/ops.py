@@ -44,7 +44,9 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-6) -> Any:
     """
     xp = namespace(x, weight)
     if weight.ndim != 1 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
-        raise InputError(f"rms_norm: x is {list(x.shape)} and weight {list(weight.shape)}; weight must match x's last axis.")
+        raise InputError(
+            f"rms_norm: x is {list(x.shape)} and weight {list(weight.shape)}; weight must match x's last axis."
+        )
     real = _compute_dtype(x)
     wide = x.astype(real, copy=False)
     mean_square = xp.mean(wide * wide, axis=-1, keepdims=True)
@@ -203,7 +205,9 @@ def gqa_attention(
     group = heads // kv_heads
     q5 = q.reshape(batch, seq, kv_heads, group, dim).transpose(0, 2, 3, 1, 4)  # [B, Hkv, G, S, D]
     kt = k.transpose(0, 2, 3, 1)[:, :, None]  # [B, Hkv, 1, D, T]
-    scores = xp.matmul(q5.astype(real, copy=False), kt.astype(real, copy=False)) * real(dim**-0.5 if scale is None else scale)
+    scores = xp.matmul(q5.astype(real, copy=False), kt.astype(real, copy=False)) * real(
+        dim**-0.5 if scale is None else scale
+    )
     scores = xp.where(visible[:, None, None], scores, real(-np.inf))
     row_max = xp.maximum(scores.max(-1, keepdims=True), np.finfo(real).min)  # -inf - -inf would be NaN
     weights = xp.exp(scores - row_max)

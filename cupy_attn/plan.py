@@ -46,7 +46,9 @@ def check_hidden(name: str, x: Any, dtype: np.dtype[Any], shape: tuple[int | Non
     wanted = "[" + ", ".join(s if n is None else str(n) for n, s in zip(shape, "BSH", strict=True)) + "]"
     fits = array.ndim == 3 and all(n is None or n == got for n, got in zip(shape, array.shape, strict=True))
     if not fits:
-        raise InputError(f"{name} has shape {list(array.shape)}, expected {wanted}; reshape it to [batch, tokens, hidden].")
+        raise InputError(
+            f"{name} has shape {list(array.shape)}, expected {wanted}; reshape it to [batch, tokens, hidden]."
+        )
     if array.size == 0:
         raise InputError(f"{name} has shape {list(array.shape)} and holds no token; pass at least one.")
     if array.dtype != dtype:
@@ -81,7 +83,7 @@ def check_positions(
         given = _integers("positions", positions)
         if given.shape not in ((seq,), (batch, seq)):
             raise InputError(
-                f"positions has shape {list(given.shape)}, expected [{seq}] or [{batch}, {seq}]; give one for each token."
+                f"positions has shape {list(given.shape)}, expected [{seq}] or [{batch}, {seq}]; one a token."
             )
         given = np.broadcast_to(given, (batch, seq))
     for b in range(batch):

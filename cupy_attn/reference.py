@@ -111,9 +111,7 @@ def forward(
     q_norm = _rms_norm(st["q"], w["q_norm"], config.rms_norm_eps, op_round)
     k_norm = _rms_norm(keys, w["k_norm"], config.rms_norm_eps, op_round)
     # Dynamic frequencies depend on the longest position of each sequence, its own only.
-    rotated = [
-        _rope(config, q_norm[b], k_norm[b], q_pos[b], k_pos[b], angles, op_round) for b in range(batch)
-    ]
+    rotated = [_rope(config, q_norm[b], k_norm[b], q_pos[b], k_pos[b], angles, op_round) for b in range(batch)]
     q_rope, k_rope = (np.stack(parts) for parts in zip(*rotated, strict=True))
     st["q_norm"], st["k_norm"] = q_norm, k_norm[:, -seq:]
     st["q_rope"], st["k_rope"] = q_rope, k_rope[:, -seq:]
@@ -152,7 +150,9 @@ def _past_and_positions(
     return q_pos, k_past.astype(np.float64), v_past.astype(np.float64), past_pos
 
 
-def _rms_norm(x: np.ndarray, weight: np.ndarray, eps: float, op_round: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
+def _rms_norm(
+    x: np.ndarray, weight: np.ndarray, eps: float, op_round: Callable[[np.ndarray], np.ndarray]
+) -> np.ndarray:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis; transformers rounds before the weight and after."""
     return op_round(op_round(x / np.sqrt(np.mean(x * x, -1, keepdims=True) + eps)) * weight)
 
@@ -171,14 +171,11 @@ def _rope(
 
     def rotate(x: np.ndarray, positions: np.ndarray) -> np.ndarray:
         cos, sin = (
-            op_round(a.astype(np.float64))[:, None, :]
-            for a in rope_angles(config, positions, seq_len, angles=angles)
+            op_round(a.astype(np.float64))[:, None, :] for a in rope_angles(config, positions, seq_len, angles=angles)
         )
         x1, x2 = np.split(x, 2, axis=-1)
         return op_round(
-            np.concatenate(
-                [op_round(x1 * cos) + op_round(-x2 * sin), op_round(x2 * cos) + op_round(x1 * sin)], axis=-1
-            )
+            np.concatenate([op_round(x1 * cos) + op_round(-x2 * sin), op_round(x2 * cos) + op_round(x1 * sin)], axis=-1)
         )
 
     return rotate(q, q_pos), rotate(k, k_pos)

@@ -145,7 +145,8 @@ class AttentionWeights:
             A tensor moved by more than ``LOSS_WARNING`` (relative L2): its values lie below the dtype's range.
         """
         target = storage_dtype(dtype)
-        tensors, losses = {}, dict(self.losses)
+        tensors: dict[str, Any] = {}
+        losses = dict(self.losses)
         for name, tensor in self.tensors().items():
             tensors[name], loss = _convert(f"layer {self.layer} {name}", tensor, target)
             if loss is not None:
@@ -208,7 +209,12 @@ class AttentionWeights:
         config.check_layer(layer)
         prefix = _find_prefix(tensors, layer)
         rows = {"q": config.q_size, "k": config.kv_size, "v": config.kv_size, "o": config.hidden_size}
-        columns = {"q": config.hidden_size, "k": config.hidden_size, "v": config.hidden_size, "o": config.q_size}
+        columns = {
+            "q": config.hidden_size,
+            "k": config.hidden_size,
+            "v": config.hidden_size,
+            "o": config.q_size,
+        }
 
         def take(name: str, *shape: int) -> np.ndarray:
             return _take(tensors, f"{prefix}{name}", shape)
@@ -232,8 +238,16 @@ class AttentionWeights:
             )
         qkv_bias = _concatenate([biases[p] for p in "qkv"]) if biases else None
         qkv_proj = _concatenate([projections[p] for p in "qkv"])
-        return cls(layer=layer, qkv_proj=qkv_proj, o_proj=projections["o"], qkv_bias=qkv_bias,
-                   o_bias=biases.get("o"), **norms)  # fmt: skip
+        return cls(
+            layer=layer,
+            input_norm=norms["input_norm"],
+            qkv_proj=qkv_proj,
+            q_norm=norms["q_norm"],
+            k_norm=norms["k_norm"],
+            o_proj=projections["o"],
+            qkv_bias=qkv_bias,
+            o_bias=biases.get("o"),
+        )
 
     def to_dict(self, config: AttentionConfig, prefix: str | None = None) -> dict[str, np.ndarray]:
         """Return the tensors under their checkpoint names, ``model.layers.{layer}.`` unless a prefix is given."""
@@ -259,9 +273,7 @@ def read_norm_stats(path: str | Path, config: AttentionConfig) -> Iterator[tuple
                 if config.num_hidden_layers is None and layer:
                     return
                 raise
-            q_norm, k_norm = (
-                _take(checkpoint, f"{prefix}self_attn.{n}_norm.weight", (config.head_dim,)) for n in "qk"
-            )
+            q_norm, k_norm = (_take(checkpoint, f"{prefix}self_attn.{n}_norm.weight", (config.head_dim,)) for n in "qk")
             yield layer, NormStats.of(q_norm), NormStats.of(k_norm)
             layer += 1
 
@@ -286,6 +298,9 @@ class _Checkpoint(Mapping[str, Any]):
             raise
         except Exception as error:  # safetensors raises its own class for a lost tensor
             raise FileError(f"{name} cannot be read from {file} ({error}); download the file again.") from None
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._where  # Mapping's own would read the tensor
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._where)

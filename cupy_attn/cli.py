@@ -1,0 +1,520 @@
+"""The command line: ``cupy-attn demo | run | verify | inspect | doctor | bench``."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import shlex
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+import numpy as np
+
+from . import cuda, io
+from . import demo as demo_model
+from .arrays import STORAGE_DTYPES, storage_dtype, to_numpy
+from .bench import MODELS, Timing, model_config, run_bench
+from .cache import KVCache
+from .config import AttentionConfig
+from .errors import CupyAttnError, CupyAttnWarning, FileError, InputError
+from .layer import DEVICES, Attention
+from .plan import check_positions
+from .reference import STAGES
+from .rope import ANGLE_DTYPES
+from .verify import Verification, verify_layer
+from .weights import AttentionWeights, read_norm_stats
+
+RUN_STAGES = tuple(name for name in STAGES if name not in ("scores", "probs"))
+CHUNK_TOKENS = 1024  # tokens between two steps of the progress bar
+INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+
+
+class _Cli(click.Group):
+    """Turns this package's errors into one line and exit status 1, and Ctrl-C into status 130."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            with _warnings_as_lines():
+                return super().invoke(ctx)
+        except CupyAttnError as error:
+            raise click.ClickException(str(error)) from None
+        except MemoryError as error:
+            raise click.ClickException(f"out of memory ({error}); use fewer tokens or a smaller --capacity.") from None
+        except KeyboardInterrupt:
+            click.echo("\ninterrupted: no file was written or changed.", err=True)
+            ctx.exit(INTERRUPTED)
+
+
+@contextlib.contextmanager
+def _warnings_as_lines() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CupyAttnWarning)
+        usual = warnings.showwarning
+
+        def show(message: Any, category: Any, *rest: Any, **more: Any) -> None:
+            if issubclass(category, CupyAttnWarning):
+                click.echo(f"Warning: {message}", err=True)
+            else:
+                usual(message, category, *rest, **more)
+
+        warnings.showwarning = show
+        yield
+
+
+@click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="cupy-attn")
+def main() -> None:
+    """Run, check and look into one Qwen3 attention layer, without PyTorch.
+
+    \b
+    New here? This makes a small checkpoint, runs a layer of it and verifies it:
+        cupy-attn demo demo
+    """
+
+
+_PATH = click.Path(path_type=Path)
+_MODEL = click.argument("model", type=_PATH)
+_ACTIVATIONS = click.argument("activations", type=_PATH)
+_LAYER = click.option("--layer", type=int, default=0, show_default=True, help="Index of the layer, from 0.")
+_DEVICE = click.option(
+    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: the GPU if one is usable."
+)
+_DTYPE = click.option(
+    "--dtype",
+    type=click.Choice(list(STORAGE_DTYPES)),
+    help="Storage dtype of weights, cache, input and output.  [default: that of the input]",
+)
+_ANGLES = click.option(
+    "--angles",
+    type=click.Choice(ANGLE_DTYPES),
+    default="float64",
+    show_default=True,
+    help="Precision of the rotary angles; float32 is what transformers computes.",
+)
+_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+_KEY = click.option("--key", help="Name of the activations in a file with several arrays.")
+_POSITIONS = click.option(
+    "--positions",
+    help="First position, or a file with one for each token.  [default: those in the input file, or counting on from "
+    "the cache]",
+)
+
+
+@main.command()
+@click.argument("folder", type=_PATH)
+@click.option("--force", is_flag=True, help="Replace an earlier demo in the folder.")
+@_DEVICE
+def demo(folder: Path, force: bool, device: str) -> None:
+    """Make a small Qwen3 checkpoint in FOLDER, run a layer of it, verify it.
+
+    The checkpoint is laid out as transformers does (config.json, sharded safetensors) and its K-norm weights
+    reach the 96.5 of Qwen3-0.6B. Beside it go activations to run a layer on and a dump to verify against.
+    """
+
+    def say(what: str) -> None:
+        if sys.stderr.isatty():
+            click.echo(f"  {what} ...", err=True)
+
+    with io.new_folder(folder, replaceable=demo_model.FILES if force else None) as temporary:
+        demo_model.write_checkpoint(temporary, say)
+        demo_model.write_dumps(temporary, 0, say)
+    config = AttentionConfig.from_pretrained(folder)
+    weights = AttentionWeights.from_pretrained(folder, 0, config=config)
+    dump_file = folder / "dump-layer0.safetensors"
+    click.echo(f"Wrote {folder}/: a Qwen3 checkpoint of {config.num_hidden_layers} layers, hidden_size "
+               f"{config.hidden_size}, {config.num_attention_heads}:{config.num_key_value_heads} heads of "
+               f"{config.head_dim}, max |k_norm.weight| {weights.k_norm_stats.max_abs:g}.")  # fmt: skip
+    dump = io.load_dump(dump_file)
+    failed = False
+    for dtype in STORAGE_DTYPES:
+        layer = Attention(config, weights, dtype, device)
+        result = verify_layer(layer, dump.hidden_states.astype(layer.dtype))
+        row = next(r for r in result.reference if r.stage == io.OUTPUT)
+        failed |= not result.passed
+        click.echo(f"Layer 0 in {dtype} on the {_device_name(layer)}: relative L2 error {row.relative_l2:.2g} against "
+                   f"the float64 reference, bar {row.bar:g}: {_verdict(result.passed)}.")  # fmt: skip
+    where = shlex.quote(str(folder))
+    click.echo(
+        "\nTry next:\n"
+        f"  cupy-attn inspect {where}\n"
+        f"  cupy-attn verify {where} {where}/dump-layer0.safetensors\n"
+        f"  cupy-attn run {where} {where}/hidden_states.npy --layer 3 --out y.npz --stages q_norm,k_norm\n"
+        "  cupy-attn bench --model 0.6B --tokens 512"
+    )
+    if failed:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@_MODEL
+@_ACTIVATIONS
+@_LAYER
+@click.option("--out", type=_PATH, help="Where the output goes: .npy, .npz or .safetensors.")
+@click.option("--stages", help=f"Intermediates to write too: 'all' or any of {', '.join(RUN_STAGES)}.")
+@_POSITIONS
+@click.option("--residual/--no-residual", default=False, help="Add the input to the output, as a decoder layer does.")
+@click.option("--cache-in", type=_PATH, help="Go on from a cache that --cache-out wrote.")
+@click.option("--cache-out", type=_PATH, help="Write the cache after the run (.safetensors).")
+@_KEY
+@_DTYPE
+@_DEVICE
+@_ANGLES
+@_JSON
+def run(
+    model: Path,
+    activations: Path,
+    layer: int,
+    out: Path | None,
+    stages: str | None,
+    positions: str | None,
+    residual: bool,
+    cache_in: Path | None,
+    cache_out: Path | None,
+    key: str | None,
+    dtype: str | None,
+    device: str,
+    angles: str,
+    as_json: bool,
+) -> None:
+    """Run one layer of MODEL on ACTIVATIONS (.npy, .npz or .safetensors).
+
+    Activations are [tokens, hidden] or [batch, tokens, hidden]; the output, named y, has the same shape and goes to
+    --out. Without --out only a summary is printed.
+    """
+    wanted = _stage_names(stages)
+    if wanted and out is None:
+        raise click.UsageError("--stages needs --out, a .npz or .safetensors file to write them to.")
+    if out is not None:
+        io.check_output(out, 1 + len(wanted))
+    if cache_out is not None:
+        io.check_output(io.check_cache_path(cache_out))
+    dump = io.load_dump(activations, key)
+    attention = _load_layer(model, layer, dtype or _natural_dtype(dump.hidden_states), device, angles)
+    x = _convert(activations, dump.hidden_states, attention)
+    batch, seq, _ = x.shape
+    cache = attention.new_cache(batch, seq) if cache_in is None else io.load_cache(cache_in, attention, room=seq)
+    given = _positions(positions, dump.positions, seq)
+    y, collected = _run_chunks(attention, x, cache, given, residual, wanted)
+
+    if not dump.batched:
+        y, collected = y[0], {name: stage[0] for name, stage in collected.items()}
+    if out is not None:
+        metadata = {"made_by": "cupy-attn run", "model": str(model), "layer": str(layer), "dtype": str(attention.dtype)}
+        io.save_arrays(out, {io.OUTPUT: y, **collected}, metadata)
+    if cache_out is not None:
+        io.save_cache(cache_out, cache)
+    wide = y.astype(np.float64)
+    finite = bool(np.isfinite(wide).all())
+    rms, largest = float(np.sqrt(np.mean(wide**2))), float(np.abs(wide).max())
+    if as_json:
+        click.echo(json.dumps({
+            "model": str(model), "layer": layer, "dtype": str(attention.dtype), "device": attention.device,
+            "shape": list(y.shape), "finite": finite, "rms": rms if finite else None,
+            "max_abs": largest if finite else None, "precise": attention.precise,
+            "cached_tokens": cache.lengths.tolist(), "out": None if out is None else str(out),
+            "stages": list(collected), "cache_out": None if cache_out is None else str(cache_out),
+        }))  # fmt: skip
+        return
+    ran = f"Layer {layer} of {model} on {batch} x {seq} tokens, {attention.dtype} on the {_device_name(attention)}"
+    click.echo(f"{ran}: rms {rms:.4g}, max |y| {largest:.4g}{'' if finite else ', NOT FINITE'}.")
+    if out is not None:
+        click.echo(f"Wrote {', '.join([io.OUTPUT, *collected])} to {out}.")
+    if cache_out is not None:
+        click.echo(f"Wrote the cache of {', '.join(map(str, cache.lengths))} tokens to {cache_out}.")
+
+
+@main.command()
+@_MODEL
+@_ACTIVATIONS
+@_LAYER
+@_POSITIONS
+@click.option("--tokens", type=click.IntRange(1), default=None, help="Use only the first tokens of each sequence.")
+@_KEY
+@_DTYPE
+@_DEVICE
+@_ANGLES
+@_JSON
+def verify(
+    model: Path,
+    activations: Path,
+    layer: int,
+    positions: str | None,
+    tokens: int | None,
+    key: str | None,
+    dtype: str | None,
+    device: str,
+    angles: str,
+    as_json: bool,
+) -> None:
+    """Compare a layer of MODEL with the float64 reference on ACTIVATIONS, stage by stage.
+
+    If ACTIVATIONS is a dump that holds stages (named as `cupy-attn run --stages` does, the output y), the layer is
+    compared with those too. Exit status 1 if any stage misses its bar.
+    """
+    dump = io.load_dump(activations, key)
+    attention = _load_layer(model, layer, dtype or _natural_dtype(dump.hidden_states), device, angles)
+    x = _convert(activations, dump.hidden_states, attention)
+    given = _positions(positions, dump.positions, x.shape[1])
+    expected = dump.stages
+    if tokens is not None and tokens < x.shape[1]:
+        x, given = x[:, :tokens], None if given is None else given[..., :tokens]
+        expected = {name: _first_tokens(name, stage, tokens) for name, stage in expected.items()}
+    result = verify_layer(attention, x, positions=given, expected=expected, angles=angles)
+    if as_json:
+        click.echo(json.dumps(_verification_json(attention, x, result)))
+    else:
+        ran = f"Layer {layer} of {model}, {x.shape[0]} x {x.shape[1]} tokens, {attention.dtype}"
+        largest = attention.weights.k_norm_stats.max_abs
+        click.echo(f"{ran} on the {_device_name(attention)}, max |k_norm.weight| {largest:g}.")
+        for title, rows in (("Against the float64 reference", result.reference), ("Against the dump", result.dump)):
+            if rows:
+                click.echo(f"\n{title}:")
+                click.echo(_table(
+                    ("stage", "max abs", "relative L2", "bar", "verdict"),
+                    [(r.stage, f"{r.max_abs:.2e}", f"{r.relative_l2:.2e}", f"{r.bar:.2e}", _verdict(r.passed))
+                     for r in rows]))  # fmt: skip
+        for sentence in result.collapse:
+            click.echo(f"Collapse: {sentence}")
+        misses = [r.stage for r in (*result.reference, *result.dump) if not r.passed]
+        if result.passed:
+            click.echo("\nAll stages are within their bars.")
+        else:
+            click.echo(f"\nMISSED: {', '.join(misses) or 'collapsed'}; the first stage named is where to look.")
+    if not result.passed:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@_MODEL
+@click.option(
+    "--plot", type=click.Path(path_type=Path), default=None, help="Draw the statistics as a PNG (needs the plot extra)."
+)
+@_JSON
+def inspect(model: Path, plot: Path | None, as_json: bool) -> None:
+    """Print the Q-norm and K-norm weights of every layer of MODEL and which layers take the precise path.
+
+    A layer whose max |k_norm.weight| exceeds the threshold computes its scores with split products on a GPU: an
+    error of 0.0005 before the norm is one of 0.05 after a weight of 96.5.
+    """
+    config = AttentionConfig.from_pretrained(model)
+    rows: list[dict[str, Any]] = []
+    for index, q, k in read_norm_stats(model, config):
+        rows.append({
+            "layer": index, "precise": k.max_abs > config.precise_threshold, "sliding_window": config.window(index),
+            "k_norm": dataclasses.asdict(k), "q_norm": dataclasses.asdict(q),
+        })  # fmt: skip
+    if plot is not None:
+        from .plots import norm_plot
+
+        norm_plot(rows, config, str(model), plot)
+    if as_json:
+        click.echo(json.dumps({"model": str(model), "threshold": config.precise_threshold,
+                               "config": config.to_dict(), "layers": rows}))  # fmt: skip
+        return
+    click.echo(f"{model}: {config.model_type}, hidden_size {config.hidden_size}, heads {config.num_attention_heads}:"
+               f"{config.num_key_value_heads} of {config.head_dim}, RoPE {config.rope.rope_type} theta "
+               f"{config.rope.rope_theta:g}, positions to {config.max_position - 1}\n")  # fmt: skip
+    click.echo(_table(
+        ("layer", "max |k|", "mean k", "std k", "median |k|", "max |q|", "window", "scores"),
+        [(str(r["layer"]), f"{r['k_norm']['max_abs']:.4g}", f"{r['k_norm']['mean']:.3f}", f"{r['k_norm']['std']:.3f}",
+          f"{r['k_norm']['quartiles_abs'][1]:.3f}", f"{r['q_norm']['max_abs']:.4g}",
+          str(r["sliding_window"] or "-"), "precise" if r["precise"] else "normal") for r in rows]))  # fmt: skip
+    precise, threshold = sum(r["precise"] for r in rows), config.precise_threshold
+    click.echo(f"\n{precise} of {len(rows)} layers have max |k_norm.weight| above {threshold:g}: the precise path.")
+    if plot is not None:
+        click.echo(f"Wrote {plot}.")
+
+
+@main.command()
+@_JSON
+def doctor(as_json: bool) -> None:
+    """Print versions, GPU, NVRTC, kernel cache and a self-test.
+
+    Exit status 1 if the self-test fails. A machine without a GPU is healthy: the layer then runs on the CPU.
+    """
+    from .doctor import examine
+
+    report = examine()
+    if as_json:
+        click.echo(json.dumps(report))
+    else:
+        for section in ("versions", "cpu", "gpu", "nvrtc", "cache"):
+            click.echo(f"{section}:")
+            for name, value in report[section].items():
+                click.echo(f"  {name:24} {value}")
+        click.echo("self-test (one layer with the K-norm weights of Qwen3-0.6B layer 0, against float64):")
+        for row in report["self_test"]:
+            error = row.get("why") or f"relative L2 {row['relative_l2']:.2g}, bar {row['bar']:g}"
+            click.echo(f"  {row['device']:5} {row['dtype']:9} {error}: {_verdict(row['passed'])}")
+    if not report["ok"]:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.option("--model", default="0.6B", show_default=True,
+              help=f"A published size ({', '.join(MODELS)}) or a model folder; weights are random.")  # fmt: skip
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
+@click.option("--tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of each sequence.")
+@click.option("--repeats", type=click.IntRange(1), default=10, show_default=True, help="Timed runs of each row.")
+@click.option("--dtype", type=click.Choice(list(STORAGE_DTYPES)), default="float32", show_default=True,
+              help="Storage dtype.")  # fmt: skip
+@_DEVICE
+@_JSON
+def bench(model: str, batch: int, tokens: int, repeats: int, dtype: str, device: str, as_json: bool) -> None:
+    """Time every phase alone and the whole layer, on random data.
+
+    The phases are separate array operations with materialised scores; the layer is what `run` runs. Times are
+    medians of single calls, from the GPU's events or the CPU's clock.
+    """
+    config = model_config(model) if model in MODELS else AttentionConfig.from_pretrained(model)
+    device = "cuda" if device != "cpu" and (device == "cuda" or cuda.problem() is None) else "cpu"
+    rows: list[Timing] = []
+    for row in run_bench(config, dtype=dtype, device=device, batch=batch, tokens=tokens, repeats=repeats):
+        rows.append(row)
+        if sys.stderr.isatty() and not as_json:
+            click.echo(f"  {row.what} ...", err=True)
+    if as_json:
+        click.echo(json.dumps({"model": model, "batch": batch, "tokens": tokens, "dtype": dtype, "device": device,
+                               "rows": [dataclasses.asdict(r) for r in rows]}))  # fmt: skip
+        return
+    click.echo(f"{model}, batch {batch}, {tokens} tokens, {dtype}, device {device}:")
+    click.echo(_table(("what", "median us", "min us"),
+                      [(r.what, f"{r.median_us:.1f}", f"{r.min_us:.1f}") for r in rows]))  # fmt: skip
+
+
+def _first_tokens(name: str, stage: np.ndarray, tokens: int) -> np.ndarray:
+    """Cut a stage [B, S, ...], or [B, Hq, S] of row statistics, or [B, Hq, S, T], to its first tokens."""
+    if name in ("row_max", "lse"):
+        return stage[:, :, :tokens]
+    return stage[:, :, :tokens, :tokens] if name in ("scores", "probs") else stage[:, :tokens]
+
+
+def _load_layer(model: Path, layer: int, dtype: str, device: str, angles: str) -> Attention:
+    config = AttentionConfig.from_pretrained(model)
+    weights = AttentionWeights.from_pretrained(model, layer, config=config)
+    attention = Attention(config, weights, dtype, device, angles=angles)
+    lost = attention.weights.losses
+    if lost and storage_dtype(dtype).itemsize == 2 and weights.dtype != np.float32:
+        zeroed = sum(loss.zeroed for loss in lost.values())
+        worst = max(lost.items(), key=lambda item: item[1].relative)
+        click.echo(f"Note: converting {weights.dtype} to {dtype} set {zeroed} values to zero and moved {worst[0]} the "
+                   f"most, by {worst[1].relative:.1g} (relative L2).", err=True)  # fmt: skip
+    return attention
+
+
+def _natural_dtype(x: np.ndarray) -> str:
+    return x.dtype.name if x.dtype in STORAGE_DTYPES.values() else "float32"
+
+
+def _convert(path: Path, x: np.ndarray, layer: Attention) -> np.ndarray:
+    io.check_activations(str(path), x, layer.config.hidden_size)
+    with np.errstate(over="ignore"):
+        converted = x.astype(layer.dtype, copy=False)
+    if converted is not x and not np.isfinite(converted.astype(np.float32)).all():
+        raise InputError(f"{path} holds values up to {np.abs(x.astype(np.float64)).max():.4g}, too large for "
+                         f"{layer.dtype}; pass --dtype bfloat16 or float32.")  # fmt: skip
+    return converted
+
+
+def _stage_names(stages: str | None) -> list[str]:
+    if stages is None:
+        return []
+    if stages == "all":
+        return list(RUN_STAGES)
+    names = [name.strip() for name in stages.split(",") if name.strip()]
+    unknown = [name for name in names if name not in RUN_STAGES]
+    if unknown or not names:
+        raise click.UsageError(f"--stages {stages}: choose 'all' or some of {', '.join(RUN_STAGES)}.")
+    return names
+
+
+def _positions(option: str | None, from_dump: np.ndarray | None, seq: int) -> np.ndarray | None:
+    if option is None:
+        return from_dump
+    try:
+        return int(option) + np.arange(seq)
+    except ValueError:
+        arrays, _ = io.load_arrays(option)
+    if io.POSITIONS in arrays:
+        return arrays[io.POSITIONS]
+    if len(arrays) != 1:
+        raise FileError(f"{option} holds {len(arrays)} arrays, none named {io.POSITIONS}; name the positions so.")
+    return next(iter(arrays.values()))
+
+
+def _run_chunks(
+    attention: Attention,
+    x: np.ndarray,
+    cache: KVCache,
+    positions: np.ndarray | None,
+    residual: bool,
+    wanted: Sequence[str],
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Run the layer some tokens at a time, so that progress can be shown and Ctrl-C is heard."""
+    batch, seq, _ = x.shape
+    counts = np.full(batch, seq)
+    if positions is not None:  # the whole is checked before the first chunk is run
+        positions = check_positions(positions, attention.config, cache, counts, seq)
+    cache.check_room(counts)
+    outputs: list[np.ndarray] = []
+    parts: list[dict[str, Any]] = []
+    starts = range(0, seq, CHUNK_TOKENS)
+    with _progress(starts, "running") as steps:
+        for start in steps:
+            chunk = slice(start, start + CHUNK_TOKENS)
+            stages: dict[str, Any] | None = {} if wanted else None
+            outputs.append(attention(
+                x[:, chunk], cache, residual=x[:, chunk] if residual else None, stages=stages,
+                positions=None if positions is None else positions[:, chunk]))  # fmt: skip
+            parts.append(stages or {})
+    collected = {
+        name: np.concatenate([to_numpy(p[name]) for p in parts], axis=2 if name in ("row_max", "lse") else 1)
+        for name in wanted
+    }
+    return np.concatenate(outputs, axis=1), collected
+
+
+@contextlib.contextmanager
+def _progress(items: Sequence[int], label: str) -> Iterator[Any]:
+    """Show a bar on standard error if it is a terminal and there is more than one step."""
+    if len(items) > 1 and sys.stderr.isatty():
+        with click.progressbar(items, label=label, file=sys.stderr) as bar:
+            yield bar
+    else:
+        yield items
+
+
+def _verification_json(layer: Attention, x: np.ndarray, result: Verification) -> dict[str, Any]:
+    def rows(stage_errors: list[Any]) -> list[dict[str, Any]]:
+        finite = [{k: v if not isinstance(v, float) or math.isfinite(v) else None
+                   for k, v in dataclasses.asdict(r).items()} | {"passed": r.passed} for r in stage_errors]  # fmt: skip
+        return finite
+
+    return {
+        "passed": result.passed, "layer": layer.layer, "dtype": str(layer.dtype), "device": layer.device,
+        "shape": list(x.shape), "reference": rows(result.reference), "dump": rows(result.dump),
+        "collapse": result.collapse,
+    }  # fmt: skip
+
+
+def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, ["-" * w for w in widths], *rows):
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
+
+
+def _verdict(passed: bool) -> str:
+    return "ok" if passed else "MISSED"
+
+
+def _device_name(layer: Attention) -> str:
+    return "GPU" if layer.device == "cuda" else "CPU"

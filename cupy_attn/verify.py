@@ -1,0 +1,107 @@
+"""A layer held against the float64 reference, and against a dump, stage by stage."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from . import reference
+from .accuracy import BARS, MAX_ERROR_BARS, StageError, check_collapse, compare_stages, max_error
+from .arrays import to_numpy
+from .errors import InputError
+from .io import OUTPUT
+from .layer import Attention
+
+REFERENCE_SCORES = 10**8  # materialised scores the reference may have: 0.8 GB in float64
+DECODE_STEPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """Rows of the comparison with the reference, rows of that with a dump, and signs of collapse."""
+
+    reference: list[StageError]
+    dump: list[StageError]
+    collapse: list[str]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every row is within its bar and nothing has collapsed."""
+        return all(row.passed for row in (*self.reference, *self.dump)) and not self.collapse
+
+
+def verify_layer(
+    layer: Attention,
+    x: np.ndarray,
+    *,
+    positions: np.ndarray | None = None,
+    expected: Mapping[str, np.ndarray] | None = None,
+    angles: str = "float64",
+) -> Verification:
+    """Run a layer on activations and compare every stage.
+
+    Parameters
+    ----------
+    layer : Attention
+        On any device.
+    x : ndarray [B, S, H]
+        Of the layer's dtype.
+    positions : ndarray [S] or [B, S], optional
+        Default: 0 .. S-1.
+    expected : mapping of str to ndarray, optional
+        Stages of a dump, by the names of ``reference.STAGES`` and ``y``. Its rows get the layer's bar plus twice
+        what rounding as transformers does costs in this dtype.
+    angles : {"float64", "float32"}
+        Of the reference; the layer has its own.
+
+    Raises
+    ------
+    InputError
+        The reference would need more than ``REFERENCE_SCORES`` scores.
+    """
+    batch, seq, _ = x.shape
+    if batch * layer.config.num_attention_heads * seq * seq > REFERENCE_SCORES:
+        most = int((REFERENCE_SCORES / batch / layer.config.num_attention_heads) ** 0.5)
+        raise InputError(f"the float64 reference cannot take {seq} tokens; pass --tokens {most} or fewer.")
+    bar = BARS[str(layer.dtype)]
+    y_ref, stages_ref = reference.forward(layer.config, layer.weights, x, positions=positions, angles=angles)
+    stages: dict[str, Any] = {}
+    y = layer(x, positions=positions, stages=stages)
+    got, want = stages | {OUTPUT: y}, stages_ref | {OUTPUT: y_ref}
+    rows = compare_stages(got, want, bar)
+    worst = max_error(y, y_ref)
+    rows.append(StageError("y (max)", rows[-1].max_abs, worst, MAX_ERROR_BARS[str(layer.dtype)]))
+    if seq > 1:
+        rows.append(_decode_row(layer, x, positions, y_ref, bar))
+
+    against_dump: list[StageError] = []
+    if expected:
+        _, rounded = reference.forward(
+            layer.config, layer.weights, x, positions=positions, rounding="transformers", angles="float32"
+        )
+        compared = {name: value for name, value in stages_ref.items() if name in stages}
+        noise = {row.stage: row.relative_l2 for row in compare_stages(rounded, compared, bar)}
+        noise[OUTPUT] = noise["output"]
+        for row in compare_stages(got, expected, bar):
+            against_dump.append(dataclasses.replace(row, bar=bar + 2 * noise[row.stage]))
+    return Verification(rows, against_dump, check_collapse(stages | {"probs": stages_ref["probs"]}))
+
+
+def _decode_row(
+    layer: Attention, x: np.ndarray, positions: np.ndarray | None, y_ref: np.ndarray, bar: float
+) -> StageError:
+    """Feed the last tokens one at a time through a cache and compare them with the whole."""
+    batch, seq, _ = x.shape
+    first = seq - min(DECODE_STEPS, seq - 1)
+    cache = layer.new_cache(batch, seq)
+
+    def part(start: int, stop: int) -> np.ndarray:
+        given = None if positions is None else positions[..., start:stop]
+        return to_numpy(layer(x[:, start:stop], cache, positions=given))
+
+    part(0, first)
+    steps = np.concatenate([part(i, i + 1) for i in range(first, seq)], axis=1)
+    return dataclasses.replace(compare_stages({OUTPUT: steps}, {OUTPUT: y_ref[:, first:]}, bar)[0], stage="y (decode)")
