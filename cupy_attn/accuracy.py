@@ -27,7 +27,8 @@ def relative_l2(actual: Any, expected: Any) -> float:
     """
     a, e = _float64(actual, expected)
     norm = float(np.linalg.norm(e.ravel()))
-    error = float(np.linalg.norm((a - e).ravel()))
+    with np.errstate(invalid="ignore"):  # Inf - Inf
+        error = float(np.linalg.norm((a - e).ravel()))
     if not np.isfinite(error) or not np.isfinite(norm):
         return float("inf")
     return 0.0 if error == 0 else error / norm if norm else float("inf")
@@ -38,7 +39,8 @@ def max_error(actual: Any, expected: Any) -> float:
     a, e = _float64(actual, expected)
     if a.size == 0:
         return 0.0
-    error, scale = float(np.abs(a - e).max()), float(np.abs(e).max())
+    with np.errstate(invalid="ignore"):  # Inf - Inf
+        error, scale = float(np.abs(a - e).max()), float(np.abs(e).max())
     if not np.isfinite(error) or not np.isfinite(scale):
         return float("inf")
     return 0.0 if error == 0 else error / scale if scale else float("inf")
@@ -118,16 +120,19 @@ def check_collapse(stages: Mapping[str, Any]) -> list[str]:
         if len(rows) > 1 and np.abs(rows - rows[0]).max() <= 1e-6 * np.abs(rows).max():
             found.append(f"output: all {len(rows)} tokens have the same output.")
     if "probs" in stages:
-        found += _collapsed_heads(to_numpy(stages["probs"]).astype(np.float64))
+        probs = to_numpy(stages["probs"]).astype(np.float64)
+        # Masked scores are -inf. Without scores a probability of zero must pass for a mask, underflow or not.
+        visible = ~np.isneginf(to_numpy(stages["scores"])) if "scores" in stages else probs > 0
+        found += _collapsed_heads(probs, visible)
     return found
 
 
-def _collapsed_heads(probs: np.ndarray) -> list[str]:
-    """Check probabilities [B, Hq, S, T], zero where masked, head by head."""
+def _collapsed_heads(probs: np.ndarray, visible: np.ndarray) -> list[str]:
+    """Check probabilities [B, Hq, S, T], of which ``visible`` ones are not masked, head by head."""
     found = []
     for h in range(probs.shape[1]):
         rows = probs[:, h].reshape(-1, probs.shape[-1])
-        seen = (rows > 0).sum(axis=1)
+        seen = visible[:, h].reshape(rows.shape).sum(axis=1)
         rows, seen = rows[seen >= MIN_KEYS], seen[seen >= MIN_KEYS]
         if len(rows) < MIN_KEYS:
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import math
 import shlex
@@ -16,15 +17,15 @@ from typing import Any
 import click
 import numpy as np
 
-from . import cuda, io
+from . import __version__, cuda, io
 from . import demo as demo_model
 from .arrays import STORAGE_DTYPES, storage_dtype, to_numpy
 from .bench import MODELS, Timing, model_config, run_bench
 from .cache import KVCache
 from .config import AttentionConfig
-from .errors import CupyAttnError, CupyAttnWarning, FileError, InputError
+from .errors import CupyAttnError, CupyAttnWarning, DeviceError, FileError, InputError
 from .layer import DEVICES, Attention
-from .plan import check_positions
+from .plan import check_cache, check_positions
 from .reference import STAGES
 from .rope import ANGLE_DTYPES
 from .verify import Verification, verify_layer
@@ -46,8 +47,14 @@ class _Cli(click.Group):
             raise click.ClickException(str(error)) from None
         except MemoryError as error:
             raise click.ClickException(f"out of memory ({error}); use fewer tokens or a smaller --capacity.") from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read the output has left; click ends quietly
+                raise
+            where = "" if error.filename is None else f"{error.filename}: "
+            raise click.ClickException(f"{where}{error.strerror or error}; name another place.") from None
         except KeyboardInterrupt:
-            click.echo("\ninterrupted: no file was written or changed.", err=True)
+            newline = "\n" if sys.stderr.isatty() else ""  # after the terminal's ^C
+            click.echo(f"{newline}Interrupted: no file was left half written.", err=True)
             ctx.exit(INTERRUPTED)
 
 
@@ -68,7 +75,7 @@ def _warnings_as_lines() -> Iterator[None]:
 
 
 @click.group(cls=_Cli, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
-@click.version_option(package_name="cupy-attn")
+@click.version_option(__version__)
 def main() -> None:
     """Run, check and look into one Qwen3 attention layer, without PyTorch.
 
@@ -121,6 +128,9 @@ def demo(folder: Path, force: bool, device: str) -> None:
         if sys.stderr.isatty():
             click.echo(f"  {what} ...", err=True)
 
+    problem = cuda.problem() if device == "cuda" else None
+    if problem:  # before anything is written
+        raise DeviceError(problem)
     with io.new_folder(folder, replaceable=demo_model.FILES if force else None) as temporary:
         demo_model.write_checkpoint(temporary, say)
         demo_model.write_dumps(temporary, 0, say)
@@ -194,6 +204,8 @@ def run(
         io.check_output(out, 1 + len(wanted))
     if cache_out is not None:
         io.check_output(io.check_cache_path(cache_out))
+        if out is not None and out.absolute() == cache_out.absolute():
+            raise click.UsageError(f"--out and --cache-out are both {out}; name two files.")
     dump = io.load_dump(activations, key)
     attention = _load_layer(model, layer, dtype or _natural_dtype(dump.hidden_states), device, angles)
     x = _convert(activations, dump.hidden_states, attention)
@@ -213,13 +225,12 @@ def run(
     finite = bool(np.isfinite(wide).all())
     rms, largest = float(np.sqrt(np.mean(wide**2))), float(np.abs(wide).max())
     if as_json:
-        click.echo(json.dumps({
+        _echo_json({
             "model": str(model), "layer": layer, "dtype": str(attention.dtype), "device": attention.device,
-            "shape": list(y.shape), "finite": finite, "rms": rms if finite else None,
-            "max_abs": largest if finite else None, "precise": attention.precise,
+            "shape": list(y.shape), "finite": finite, "rms": rms, "max_abs": largest, "precise": attention.precise,
             "cached_tokens": cache.lengths.tolist(), "out": None if out is None else str(out),
             "stages": list(collected), "cache_out": None if cache_out is None else str(cache_out),
-        }))  # fmt: skip
+        })  # fmt: skip
         return
     ran = f"Layer {layer} of {model} on {batch} x {seq} tokens, {attention.dtype} on the {_device_name(attention)}"
     click.echo(f"{ran}: rms {rms:.4g}, max |y| {largest:.4g}{'' if finite else ', NOT FINITE'}.")
@@ -261,13 +272,10 @@ def verify(
     attention = _load_layer(model, layer, dtype or _natural_dtype(dump.hidden_states), device, angles)
     x = _convert(activations, dump.hidden_states, attention)
     given = _positions(positions, dump.positions, x.shape[1])
-    expected = dump.stages
-    if tokens is not None and tokens < x.shape[1]:
-        x, given = x[:, :tokens], None if given is None else given[..., :tokens]
-        expected = {name: _first_tokens(name, stage, tokens) for name, stage in expected.items()}
-    result = verify_layer(attention, x, positions=given, expected=expected, angles=angles)
+    result = verify_layer(attention, x, positions=given, expected=dump.stages, tokens=tokens, angles=angles)
+    x = x[:, :tokens]
     if as_json:
-        click.echo(json.dumps(_verification_json(attention, x, result)))
+        _echo_json(_verification_json(attention, x, result))
     else:
         ran = f"Layer {layer} of {model}, {x.shape[0]} x {x.shape[1]} tokens, {attention.dtype}"
         largest = attention.weights.k_norm_stats.max_abs
@@ -314,8 +322,8 @@ def inspect(model: Path, plot: Path | None, as_json: bool) -> None:
 
         norm_plot(rows, config, str(model), plot)
     if as_json:
-        click.echo(json.dumps({"model": str(model), "threshold": config.precise_threshold,
-                               "config": config.to_dict(), "layers": rows}))  # fmt: skip
+        _echo_json({"model": str(model), "threshold": config.precise_threshold, "config": config.to_dict(),
+                    "layers": rows})  # fmt: skip
         return
     click.echo(f"{model}: {config.model_type}, hidden_size {config.hidden_size}, heads {config.num_attention_heads}:"
                f"{config.num_key_value_heads} of {config.head_dim}, RoPE {config.rope.rope_type} theta "
@@ -342,7 +350,7 @@ def doctor(as_json: bool) -> None:
 
     report = examine()
     if as_json:
-        click.echo(json.dumps(report))
+        _echo_json(report)
     else:
         for section in ("versions", "cpu", "gpu", "nvrtc", "cache"):
             click.echo(f"{section}:")
@@ -380,19 +388,12 @@ def bench(model: str, batch: int, tokens: int, repeats: int, dtype: str, device:
         if sys.stderr.isatty() and not as_json:
             click.echo(f"  {row.what} ...", err=True)
     if as_json:
-        click.echo(json.dumps({"model": model, "batch": batch, "tokens": tokens, "dtype": dtype, "device": device,
-                               "rows": [dataclasses.asdict(r) for r in rows]}))  # fmt: skip
+        _echo_json({"model": model, "batch": batch, "tokens": tokens, "dtype": dtype, "device": device,
+                    "rows": [dataclasses.asdict(r) for r in rows]})  # fmt: skip
         return
     click.echo(f"{model}, batch {batch}, {tokens} tokens, {dtype}, device {device}:")
     click.echo(_table(("what", "median us", "min us"),
                       [(r.what, f"{r.median_us:.1f}", f"{r.min_us:.1f}") for r in rows]))  # fmt: skip
-
-
-def _first_tokens(name: str, stage: np.ndarray, tokens: int) -> np.ndarray:
-    """Cut a stage [B, S, ...], or [B, Hq, S] of row statistics, or [B, Hq, S, T], to its first tokens."""
-    if name in ("row_max", "lse"):
-        return stage[:, :, :tokens]
-    return stage[:, :, :tokens, :tokens] if name in ("scores", "probs") else stage[:, :tokens]
 
 
 def _load_layer(model: Path, layer: int, dtype: str, device: str, angles: str) -> Attention:
@@ -417,8 +418,9 @@ def _convert(path: Path, x: np.ndarray, layer: Attention) -> np.ndarray:
     with np.errstate(over="ignore"):
         converted = x.astype(layer.dtype, copy=False)
     if converted is not x and not np.isfinite(converted.astype(np.float32)).all():
+        cure = "pass --dtype bfloat16 or float32" if layer.dtype == np.float16 else "dump the activations again"
         raise InputError(f"{path} holds values up to {np.abs(x.astype(np.float64)).max():.4g}, too large for "
-                         f"{layer.dtype}; pass --dtype bfloat16 or float32.")  # fmt: skip
+                         f"{layer.dtype}; {cure}.")  # fmt: skip
     return converted
 
 
@@ -438,9 +440,16 @@ def _positions(option: str | None, from_dump: np.ndarray | None, seq: int) -> np
     if option is None:
         return from_dump
     try:
-        return int(option) + np.arange(seq)
+        start = int(option)
     except ValueError:
+        if Path(option).suffix not in io.FORMATS:
+            raise InputError(f"--positions {option} is neither a whole number nor a file of {', '.join(io.FORMATS)}; "
+                             "give the first position or such a file.") from None  # fmt: skip
         arrays, _ = io.load_arrays(option)
+    else:
+        if abs(start) > np.iinfo(np.int32).max:
+            raise InputError(f"--positions {option} is beyond any model's positions; give the first token's position.")
+        return start + np.arange(seq)
     if io.POSITIONS in arrays:
         return arrays[io.POSITIONS]
     if len(arrays) != 1:
@@ -458,20 +467,24 @@ def _run_chunks(
 ) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Run the layer some tokens at a time, so that progress can be shown and Ctrl-C is heard."""
     batch, seq, _ = x.shape
-    counts = np.full(batch, seq)
-    if positions is not None:  # the whole is checked before the first chunk is run
-        positions = check_positions(positions, attention.config, cache, counts, seq)
+    config, counts = attention.config, np.full(batch, seq)
+    # The whole is checked before the first chunk is run.
+    check_cache(cache, config, attention.layer, attention.dtype, batch, cache.xp)
+    positions = check_positions(positions, config, cache, counts, seq)
     cache.check_room(counts)
     outputs: list[np.ndarray] = []
     parts: list[dict[str, Any]] = []
-    starts = range(0, seq, CHUNK_TOKENS)
+    # Past its trained length, dynamic RoPE turns by an angle that depends on the call's last token.
+    whole = config.rope.rope_type == "dynamic" and int(positions.max()) >= config.max_position_embeddings
+    step = seq if whole else CHUNK_TOKENS
+    starts = range(0, seq, step)
     with _progress(starts, "running") as steps:
         for start in steps:
-            chunk = slice(start, start + CHUNK_TOKENS)
+            chunk = slice(start, start + step)
             stages: dict[str, Any] | None = {} if wanted else None
             outputs.append(attention(
                 x[:, chunk], cache, residual=x[:, chunk] if residual else None, stages=stages,
-                positions=None if positions is None else positions[:, chunk]))  # fmt: skip
+                positions=positions[:, chunk]))  # fmt: skip
             parts.append(stages or {})
     collected = {
         name: np.concatenate([to_numpy(p[name]) for p in parts], axis=2 if name in ("row_max", "lse") else 1)
@@ -490,11 +503,22 @@ def _progress(items: Sequence[int], label: str) -> Iterator[Any]:
         yield items
 
 
+def _echo_json(value: Any) -> None:
+    """Print one JSON object; NaN and Inf, which JSON does not have, as null."""
+
+    def finite(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {key: finite(item) for key, item in v.items()}
+        if isinstance(v, list | tuple):
+            return [finite(item) for item in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    click.echo(json.dumps(finite(value), allow_nan=False))
+
+
 def _verification_json(layer: Attention, x: np.ndarray, result: Verification) -> dict[str, Any]:
     def rows(stage_errors: list[Any]) -> list[dict[str, Any]]:
-        finite = [{k: v if not isinstance(v, float) or math.isfinite(v) else None
-                   for k, v in dataclasses.asdict(r).items()} | {"passed": r.passed} for r in stage_errors]  # fmt: skip
-        return finite
+        return [dataclasses.asdict(r) | {"passed": r.passed} for r in stage_errors]
 
     return {
         "passed": result.passed, "layer": layer.layer, "dtype": str(layer.dtype), "device": layer.device,

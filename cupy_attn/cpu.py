@@ -8,27 +8,23 @@ The cache holds K before its norm; the normalised and rotated keys are kept besi
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import os
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+import itertools
+from collections.abc import Callable
 
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from . import ops
 from .cache import KVCache
 from .config import AttentionConfig
 from .plan import Plan
 from .rope import rope_angles, rope_table
+from .threads import one_blas_thread, run_parallel, workers
 from .weights import AttentionWeights
 
-THREADED_ROWS = 256  # new tokens from which our own threads beat BLAS's: each task packs the whole weight again
-PROJECT_ROWS = 256  # rows of one GEMM task: 256 x 1024 float32 is half of a core's L2
+THREADED_ROWS = 256  # new tokens from which our own threads beat BLAS's
+PROJECT_ROWS = 1024  # rows of one GEMM task: each packs the whole weight again
+NORM_ROWS = 64  # rows normalised and rotated at a time, so that they stay in a core's L2
 ATTEND_ROWS = 512  # query rows (tokens times group) of one attention task; with ATTEND_KEYS, 1 MB of scores
 ATTEND_KEYS = 512
 DECODE_KEYS = 4096  # keys of a block when at most DECODE_ROWS rows share it
@@ -36,6 +32,7 @@ DECODE_ROWS = 64
 # exp(-50) is 2e-22 of the largest weight, nothing in float32; what lies below would turn into subnormals, which
 # make a product with them twenty times slower.
 SMALLEST_EXPONENT = np.float32(-50)
+LARGEST_EXPONENT = 70.0  # exp(70) summed a million times is still far from float32's largest
 LOWEST = np.finfo(np.float32).min  # a finite start for row maxima: -inf - -inf would be NaN
 
 
@@ -58,14 +55,18 @@ class CpuBackend:
     def __init__(self, config: AttentionConfig, weights: AttentionWeights, *, angles: str) -> None:
         self.config, self.angles = config, angles
         self.window = config.window(weights.layer)
-        self.w = {name: np.ascontiguousarray(t, dtype=np.float32) for name, t in weights.tensors().items()}
+        w = {name: np.ascontiguousarray(t, dtype=np.float32) for name, t in weights.tensors().items()}
+        self.input_norm = w.pop("input_norm")
+        # The norm's weight goes into the projection once, instead of into every row.
+        self.qkv_proj = w.pop("qkv_proj") * self.input_norm
+        self.w = w
 
     def forward(self, plan: Plan, cache: KVCache) -> np.ndarray:
         """Run one planned call: write K and V past the cached tokens, return y [B, S, H] in the storage dtype."""
         if int(plan.num_tokens.sum()) < THREADED_ROWS:
             # Too little work to wake a thread for: BLAS's own, which spin for a while, share out the products.
             return _Run(self, plan, cache, threads=1).run()
-        with _one_blas_thread():
+        with one_blas_thread():
             return _Run(self, plan, cache, threads=workers()).run()
 
     def angle_tables(self, seq_len: int) -> tuple[np.ndarray, np.ndarray, bool]:
@@ -81,17 +82,14 @@ class _Run:
     """The state of one call. Valid tokens of all sequences are laid end to end: row n is token (batch, seq) of it."""
 
     def __init__(self, backend: CpuBackend, plan: Plan, cache: KVCache, *, threads: int) -> None:
-        config, self.threads = backend.config, threads
-        self.config, self.w, self.window, self.plan, self.cache = (
-            config,
-            backend.w,
-            backend.window,
-            plan,
-            cache,
-        )
+        config = backend.config
+        self.backend, self.config, self.w, self.window = backend, config, backend.w, backend.window
+        self.plan, self.cache, self.threads = plan, cache, threads
         self.batch_idx, self.seq_idx = np.nonzero(np.arange(plan.seq)[None, :] < plan.num_tokens[:, None])
         self.first_row = np.concatenate([[0], np.cumsum(plan.num_tokens)])
         self.rows = len(self.batch_idx)
+        self.x = self._laid_out(plan.x)
+        self.residual = None if plan.residual is None else self._laid_out(plan.residual)
         self.positions = plan.positions[self.batch_idx, self.seq_idx]
         self.lengths = cache.lengths
         self.slots = self.lengths[self.batch_idx] + self.seq_idx
@@ -105,12 +103,18 @@ class _Run:
         self.q = np.empty((self.rows, config.num_attention_heads, config.head_dim), np.float32)
         self.stages = {} if plan.stages is None else self._stage_arrays()
 
+    def _laid_out(self, x: np.ndarray) -> np.ndarray:
+        """Return the valid rows of x [B, S, H] end to end, [rows, H]; a view if there is no padding."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat if len(flat) == self.rows else x[self.batch_idx, self.seq_idx]
+
     def run(self) -> np.ndarray:
         plan, cache = self.plan, self.cache
-        y = np.zeros((plan.batch, plan.seq, self.config.hidden_size), plan.dtype)
+        y = np.zeros((self.rows, self.config.hidden_size), plan.dtype)
         if self.rows:
+            count = self.threads * -(-self.rows // (self.threads * PROJECT_ROWS))
+            chunks = _blocks(0, self.rows, -(-self.rows // count))
             self._rotate_cached()
-            chunks = _blocks(0, self.rows, min(PROJECT_ROWS, -(-self.rows // self.threads)))
             run_parallel([functools.partial(self._project, rows) for rows in chunks], self.threads)
             run_parallel(self._attend_tasks(), self.threads)
             self._keep("attention", slice(None), self.q)
@@ -118,10 +122,18 @@ class _Run:
             cache.rotated_counts[:] = np.where(self.lasting, self.lengths + plan.num_tokens, 0)
         if plan.stages is not None:
             for name, flat in self.stages.items():
-                whole = np.zeros((plan.batch, plan.seq, *flat.shape[1:]), np.float32)
-                whole[self.batch_idx, self.seq_idx] = flat
+                whole = self._padded(flat)
                 plan.stages[name] = whole.transpose(0, 2, 1) if name in ("row_max", "lse") else whole
-        return y
+        return self._padded(y)
+
+    def _padded(self, flat: np.ndarray) -> np.ndarray:
+        """Return rows [rows, ...] as [B, S, ...], zero where x is padding."""
+        shape = (self.plan.batch, self.plan.seq, *flat.shape[1:])
+        if self.rows == shape[0] * shape[1]:
+            return flat.reshape(shape)
+        whole = np.zeros(shape, flat.dtype)
+        whole[self.batch_idx, self.seq_idx] = flat
+        return whole
 
     def _stage_arrays(self) -> dict[str, np.ndarray]:
         config, dim = self.config, self.config.head_dim
@@ -150,36 +162,57 @@ class _Run:
 
     def _rotate_part(self, b: int, head: int, part: slice) -> None:
         k = self.cache.k_heads[b, head, part].astype(np.float32)
-        k = ops.rms_norm(k, self.w["k_norm"], self.config.rms_norm_eps)
         cos, sin = (table[self.k_pos[b][part]] for table in self.tables[b])
-        self.cache.rotated[b, head, part] = ops.apply_rope(k[:, None], cos, sin)[:, 0]
+        self.cache.rotated[b, head, part] = self._norm_and_rotate(k[:, None], self.w["k_norm"], cos, sin)[:, 0]
+
+    def _norm_and_rotate(self, x: np.ndarray, weight: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
+        """Return ``apply_rope(rms_norm(x))`` of heads [n, heads, D], in half the passes over memory."""
+        half = x.shape[-1] // 2
+        out = np.empty(x.shape, np.float32)
+        x1, x2, w1, w2 = x[..., :half], x[..., half:], weight[:half], weight[half:]
+        # einsum broadcasts over heads at twice the speed of multiply, whose inner loop is one head's D/2 values.
+        np.einsum("nhd,nd->nhd", x1, cos * w1, out=out[..., :half])
+        out[..., :half] -= np.einsum("nhd,nd->nhd", x2, sin * w2)
+        np.einsum("nhd,nd->nhd", x2, cos * w2, out=out[..., half:])
+        out[..., half:] += np.einsum("nhd,nd->nhd", x1, sin * w1)
+        out *= _inverse_rms(x, self.config.rms_norm_eps)
+        return out
 
     # Pass 1: x -> h -> q, k, v; k and v to the cache, q and k normalised and rotated.
 
     def _project(self, rows: slice) -> None:
+        h = np.empty((rows.stop - rows.start, self.config.hidden_size), np.float32)
+        for part in _blocks(rows.start, rows.stop, NORM_ROWS):
+            mine = h[part.start - rows.start : part.stop - rows.start]
+            mine[...] = self.x[part]
+            mine *= _inverse_rms(mine, self.config.rms_norm_eps)
+        if self.stages:
+            self._keep("input_norm", rows, h * self.backend.input_norm)
+        qkv = ops.project_qkv(h, self.backend.qkv_proj, self.w.get("qkv_bias"))
+        for part in _blocks(rows.start, rows.stop, NORM_ROWS):
+            self._split(part, qkv[part.start - rows.start : part.stop - rows.start])
+
+    def _split(self, rows: slice, qkv: np.ndarray) -> None:
+        """Take projected rows apart: v and k to the cache, q and k on through their norms and RoPE."""
         config, w, cache = self.config, self.w, self.cache
-        x = self.plan.x[self.batch_idx[rows], self.seq_idx[rows]].astype(np.float32, copy=False)
-        h = ops.rms_norm(x, w["input_norm"], config.rms_norm_eps)
-        qkv = ops.project_qkv(h, w["qkv_proj"], w.get("qkv_bias"))
         q, k, v = ops.split_heads(qkv, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
         where = (self.batch_idx[rows], slice(None), self.slots[rows])
         cache.k_heads[where], cache.v_heads[where] = k, v
         k = k.astype(cache.dtype, copy=False).astype(np.float32, copy=False)  # what later calls will read
-        q_norm, k_norm = ops.qk_norm(q, k, w["q_norm"], w["k_norm"], config.rms_norm_eps)
         cos, sin = self._angles(rows)
-        q_rope, k_rope = ops.apply_rope(q_norm, cos, sin), ops.apply_rope(k_norm, cos, sin)
-        self.q[rows] = q_rope
+        self.q[rows] = self._norm_and_rotate(q, w["q_norm"], cos, sin)
+        k_rope = self._norm_and_rotate(k, w["k_norm"], cos, sin)
         cache.rotated[where] = k_rope
         if self.stages:
+            q_norm, k_norm = ops.qk_norm(q, k, w["q_norm"], w["k_norm"], config.rms_norm_eps)
             v = v.astype(cache.dtype).astype(np.float32)
             made = {
-                "input_norm": h,
                 "q": q,
                 "k": k,
                 "v": v,
                 "q_norm": q_norm,
                 "k_norm": k_norm,
-                "q_rope": q_rope,
+                "q_rope": self.q[rows],
                 "k_rope": k_rope,
             }
             for name, value in made.items():
@@ -188,6 +221,9 @@ class _Run:
     def _angles(self, rows: slice) -> tuple[np.ndarray, np.ndarray]:
         """Return cos and sin of new tokens, which may belong to several sequences, [n, D/2] each."""
         batches, positions = self.batch_idx[rows], self.positions[rows]
+        if batches[0] == batches[-1]:
+            cos, sin = self.tables[batches[0]]
+            return cos[positions], sin[positions]
         cos = np.empty((len(positions), self.config.head_dim // 2), np.float32)
         sin = np.empty_like(cos)
         for b in np.unique(batches):
@@ -199,27 +235,41 @@ class _Run:
     # Pass 2: online softmax, one (sequence, block of queries, KV heads) at a time.
 
     def _attend_tasks(self) -> list[Callable[[], None]]:
-        kv_heads, plan = self.config.num_key_value_heads, self.plan
+        kv_heads, plan, group = self.config.num_key_value_heads, self.plan, self.config.group
         tasks: list[Callable[[], None]] = []
         for b in range(plan.batch):
             new = int(plan.num_tokens[b])
-            block = max(1, ATTEND_ROWS // self.config.group)
+            block = max(1, ATTEND_ROWS // group)
             if plan.batch * kv_heads < self.threads:  # too few heads to go round
                 block = min(block, -(-new // self.threads))
             blocks = _blocks(0, new, max(block, 1))
-            values = self._float32_values(b) if len(blocks) > 1 else None
-            few = new * self.config.group <= DECODE_ROWS  # so few that heads go together, call overhead counts
+            few = new * group <= DECODE_ROWS  # so few rows that call overhead counts: all heads together
             heads = _blocks(0, kv_heads, kv_heads if few else 1)
+            shared = self._shared(b) if len(blocks) > 1 else None
             # Longest first: later queries see more keys, and a long task at the end leaves a core idle.
-            tasks += [functools.partial(self._attend, b, q, h, values) for q in reversed(blocks) for h in heads]
+            tasks += [
+                functools.partial(self._attend, b, q, h, shared) for q, h in itertools.product(blocks[::-1], heads)
+            ]
         return tasks
 
-    def _float32_values(self, b: int) -> np.ndarray:
-        """Return the values of one sequence [Hkv, T, D]; several blocks of queries will read them."""
-        values = self.cache.v_heads[b, :, : len(self.k_pos[b])]
-        return values.astype(np.float32, copy=False)
+    def _shared(self, b: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what several blocks of queries will use: values [Hkv, T, D] float32, largest |rotated key| [Hkv]."""
+        count = len(self.k_pos[b])
+        keys = self.cache.rotated[b, :, :count]
+        largest = np.empty(len(keys), np.float32)
+        values = (
+            np.empty(keys.shape, np.float32) if self.cache.dtype != np.float32 else self.cache.v_heads[b, :, :count]
+        )
 
-    def _attend(self, b: int, queries: slice, kv_heads: slice, all_values: np.ndarray | None) -> None:
+        def one_head(head: int) -> None:
+            largest[head] = np.sqrt(np.einsum("td,td->t", keys[head], keys[head]).max())
+            if self.cache.dtype != np.float32:
+                values[head] = self.cache.v_heads[b, head, :count]
+
+        run_parallel([functools.partial(one_head, head) for head in range(len(keys))], self.threads)
+        return values, largest
+
+    def _attend(self, b: int, queries: slice, kv_heads: slice, shared: tuple[np.ndarray, np.ndarray] | None) -> None:
         """Attend from one block of a sequence's new tokens with all query heads of some KV heads."""
         group, dim = self.config.group, self.config.head_dim
         rows = slice(self.first_row[b] + queries.start, self.first_row[b] + queries.stop)
@@ -229,32 +279,41 @@ class _Run:
         q_pos, k_pos = self.positions[rows], self.k_pos[b]
         stop = int(np.searchsorted(k_pos, q_pos[-1], side="right"))
         start = 0 if self.window is None else int(np.searchsorted(k_pos, q_pos[0] - self.window, side="right"))
+        # |q||k| bounds every score: where exp cannot overflow, the row maximum need not be found and subtracted.
+        bounded = False
+        if shared is not None and not self.stages:
+            largest_q = np.sqrt(np.einsum("hrd,hrd->hr", q, q).max())
+            bounded = float(largest_q * shared[1][kv_heads].max()) <= LARGEST_EXPONENT
 
         largest = np.full((num_kv, group * count, 1), LOWEST, np.float32)
         total = np.zeros_like(largest)
         out = np.zeros_like(q)
         for part in _blocks(start, stop, DECODE_KEYS if group * count <= DECODE_ROWS else ATTEND_KEYS):
             keys = self.cache.rotated[b, kv_heads, part]
-            if all_values is None:
+            if shared is None:
                 values = self.cache.v_heads[b, kv_heads, part].astype(np.float32, copy=False)
             else:
-                values = all_values[kv_heads, part]
+                values = shared[0][kv_heads, part]
             scores = q @ keys.transpose(0, 2, 1)
-            by_query = scores.reshape(num_kv, group, count, -1)
             hidden = self._hidden(q_pos, k_pos[part])
+            by_query = scores.reshape(num_kv, group, count, -1)
             if hidden is not None:
                 np.copyto(by_query, np.float32(-np.inf), where=hidden)
-            block_max = np.maximum(largest, scores.max(axis=-1, keepdims=True))
-            np.subtract(scores, block_max, out=scores)
-            np.maximum(scores, SMALLEST_EXPONENT, out=scores)
-            np.exp(scores, out=scores)
-            if hidden is not None:
-                np.copyto(by_query, np.float32(0), where=hidden)
-            shrink = np.exp(largest - block_max)
-            total = total * shrink + scores @ np.ones((part.stop - part.start, 1), np.float32)
-            out *= shrink
+            if bounded:
+                np.exp(scores, out=scores)
+            else:
+                block_max = np.maximum(largest, scores.max(axis=-1, keepdims=True))
+                np.subtract(scores, block_max, out=scores)
+                np.maximum(scores, SMALLEST_EXPONENT, out=scores)
+                np.exp(scores, out=scores)
+                if hidden is not None:
+                    np.copyto(by_query, np.float32(0), where=hidden)
+                shrink = np.exp(largest - block_max)
+                total *= shrink
+                out *= shrink
+                largest = block_max
+            total += scores @ np.ones((part.stop - part.start, 1), np.float32)
             out += scores @ values
-            largest = block_max
         out /= total
         self.q[rows, heads] = out.reshape(num_kv * group, count, dim).transpose(1, 0, 2)
         if self.stages:
@@ -277,82 +336,16 @@ class _Run:
     def _project_output(self, rows: slice, y: np.ndarray) -> None:
         out = ops.project_output(self.q[rows], self.w["o_proj"], self.w.get("o_bias"))
         self._keep("output", rows, out)
-        where = (self.batch_idx[rows], self.seq_idx[rows])
-        if self.plan.residual is not None:
-            out += self.plan.residual[where].astype(np.float32, copy=False)
-        y[where] = out
+        if self.residual is not None:
+            out += self.residual[rows].astype(np.float32, copy=False)
+        y[rows] = out
+
+
+def _inverse_rms(x: np.ndarray, eps: float) -> np.ndarray:
+    """Return 1 / sqrt(mean(x^2) + eps) over the last axis, kept as an axis of one."""
+    mean_square = np.einsum("...d,...d->...", x, x)[..., None] / np.float32(x.shape[-1])
+    return np.float32(1) / np.sqrt(mean_square + np.float32(eps))
 
 
 def _blocks(start: int, stop: int, step: int) -> list[slice]:
     return [slice(i, min(i + step, stop)) for i in range(start, stop, step)]
-
-
-def workers() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-@functools.cache
-def _pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max(workers() - 1, 1), thread_name_prefix="cupy_attn")
-
-
-if hasattr(os, "register_at_fork"):  # a forked child has the pool object but not its threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
-
-
-def run_parallel(tasks: Iterable[Callable[[], None]], threads: int) -> None:
-    """Run independent tasks on this and ``threads - 1`` more threads, in the order given.
-
-    The first exception, Ctrl-C included, drops the tasks not yet begun and is raised when none is running.
-    """
-    queue = deque(tasks)
-
-    def drain() -> None:
-        while True:
-            try:
-                task = queue.popleft()
-            except IndexError:
-                return
-            try:
-                task()
-            except BaseException:
-                queue.clear()
-                raise
-
-    helpers: list[Future[None]] = [_pool().submit(drain) for _ in range(min(threads, len(queue)) - 1)]
-    try:
-        drain()
-    finally:  # after Ctrl-C too: no task outlives the call
-        for helper in helpers:
-            helper.cancel() or helper.exception()
-    for helper in helpers:
-        if not helper.cancelled():
-            helper.result()
-
-
-_blas_lock = threading.Lock()
-_blas_users = 0
-_blas_limit: Any = None
-
-
-@functools.cache
-def _blas() -> ThreadpoolController:
-    return ThreadpoolController().select(user_api="blas")
-
-
-@contextlib.contextmanager
-def _one_blas_thread() -> Iterator[None]:
-    """Keep BLAS on one thread a call: our own threads each run one, and two pools would fight for the cores."""
-    global _blas_users, _blas_limit
-    with _blas_lock:
-        _blas_users += 1
-        if _blas_users == 1:
-            _blas_limit = _blas().limit(limits=1)
-    try:
-        yield
-    finally:
-        with _blas_lock:
-            _blas_users -= 1
-            if _blas_users == 0:
-                _blas_limit.restore_original_limits()

@@ -11,13 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from . import cuda, demo, kernels, reference
+from . import __version__, cuda, demo, kernels, reference
 from .accuracy import BARS, relative_l2
 from .arrays import STORAGE_DTYPES
 from .config import AttentionConfig
-from .cpu import workers
 from .errors import CupyAttnError
 from .layer import Attention
+from .threads import workers
 from .weights import AttentionWeights
 
 PACKAGES = ("numpy", "ml-dtypes", "safetensors", "click", "threadpoolctl", "nvidia-cuda-nvrtc-cu12",
@@ -41,7 +41,7 @@ def examine() -> dict[str, Any]:
 
 
 def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "cupy_attn": importlib.metadata.version("cupy-attn")}
+    found = {"python": platform.python_version(), "cupy_attn": __version__}
     for name in (*PACKAGES, "cupy-cuda12x", "cupy-cuda13x"):
         try:
             found[name] = importlib.metadata.version(name)
@@ -101,7 +101,7 @@ def _nvrtc() -> dict[str, Any]:
 
 def _kernel_cache() -> dict[str, Any]:
     """Describe CuPy's disk cache of compiled kernels."""
-    folder = Path(os.environ.get("CUPY_CACHE_DIR", "~/.cupy/kernel_cache")).expanduser()
+    folder = Path(os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache")))
     files = list(folder.glob("*.cubin")) if folder.is_dir() else []
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     return {

@@ -66,21 +66,38 @@ def load_arrays(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]
     try:
         if path.suffix == ".safetensors":
             return _load_safetensors(path)
-        loaded = np.load(path, allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            arrays = {HIDDEN_NAMES[0]: loaded}
-        else:
-            with loaded:
-                arrays = {name: loaded[name] for name in loaded.files}
+        arrays = _load_npy(path) if path.suffix == ".npy" else _load_npz(path)
     except FileError:
         raise
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError) as error:
-        if "pickle" in str(error):
+    except Exception as error:  # NumPy and zipfile raise a dozen classes for a damaged file; MemoryError for its sizes
+        if isinstance(error, ValueError) and "Object arrays" in str(error):
             raise FileError(
                 f"{path} holds pickled objects, which can run code and are never loaded; save a plain float array."
             ) from None
-        raise FileError(f"{path} is not a readable {path.suffix} file ({error}); write it again.") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]  # NumPy's advice below it is to allow pickles
+        raise FileError(f"{path} is not a readable {path.suffix} file ({reason}); write it again.") from None
     return {name: a.view(BFLOAT16) if a.dtype == np.dtype("V2") else a for name, a in arrays.items()}, {}
+
+
+def _load_npy(path: Path) -> dict[str, np.ndarray]:
+    with open(path, "rb") as file:
+        return {HIDDEN_NAMES[0]: _read_npy(file)}
+
+
+def _load_npz(path: Path) -> dict[str, np.ndarray]:
+    arrays = {}
+    with zipfile.ZipFile(path) as archive:
+        for name in archive.namelist():
+            with archive.open(name) as file:
+                arrays[name.removesuffix(".npy")] = _read_npy(file)
+    return arrays
+
+
+def _read_npy(file: Any) -> np.ndarray:
+    array: np.ndarray = np.lib.format.read_array(file, allow_pickle=False)
+    if file.read(1):
+        raise ValueError(f"it goes on after the {list(array.shape)} its header says")
+    return array
 
 
 def _load_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -144,11 +161,11 @@ def check_activations(name: str, x: np.ndarray, hidden_size: int | None = None) 
             "take activations of this model."
         )
     rows = x.reshape(-1, x.shape[-1])
-    bad = np.flatnonzero(~np.isfinite(rows.astype(np.float32, copy=False)).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
     if bad.size:
         first = int(bad[0])
         row = f"row {first}" if x.ndim == 2 else f"batch {first // x.shape[1]} token {first % x.shape[1]}"
-        what = "NaN" if np.isnan(rows[first].astype(np.float32)).any() else "Inf"
+        what = "NaN" if np.isnan(rows[first]).any() else "Inf"
         raise InputError(f"{name} holds {what} first in {row} ({bad.size} rows in all); dump the activations again.")
     return x[None] if x.ndim == 2 else x
 
@@ -165,7 +182,6 @@ def save_arrays(path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[s
     """
     path = check_output(path, len(arrays))
     host = {name: np.ascontiguousarray(to_numpy(a)) for name, a in arrays.items()}
-
     if path.suffix == ".safetensors":
         import safetensors.numpy
 
@@ -176,7 +192,7 @@ def save_arrays(path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[s
     if path.suffix == ".npy":
         write_whole(path, lambda file: np.save(file, next(iter(plain.values())), allow_pickle=False))
     else:
-        write_whole(path, lambda file: np.savez(file, allow_pickle=False, **plain))
+        write_whole(path, lambda file: np.savez(file, **plain))  # type: ignore[arg-type]
 
 
 def check_output(path: str | Path, count: int = 1) -> Path:
@@ -211,7 +227,8 @@ def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             "space."
         ) from None
     finally:  # after Ctrl-C too; once renamed there is nothing to remove
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink()
 
 
 def save_cache(path: str | Path, cache: KVCache) -> None:
@@ -247,9 +264,11 @@ def load_cache(path: str | Path, layer: Attention, room: int) -> KVCache:
     try:
         stored_config = AttentionConfig.from_dict(json.loads(metadata["config"]))
         stored_layer = int(metadata["layer"])
-    except (KeyError, ValueError, ConfigError) as error:
+    except (KeyError, TypeError, ValueError, ConfigError) as error:
         raise FileError(f"{path} is a damaged cache ({error}); write it again.") from None
     k = arrays["k"]
+    if any(arrays[name].dtype.kind not in "iu" for name in (POSITIONS, "lengths")):
+        raise CacheError(f"{path}: positions and lengths are not integers; the file is damaged.")
     if k.ndim != 4 or k.shape[0] < 1 or k.dtype not in STORAGE_DTYPES.values():
         raise CacheError(f"{path}: k has shape {list(k.shape)} and dtype {k.dtype}; the file is damaged.")
     stored = KVCache(stored_config, stored_layer, batch=k.shape[0], capacity=1, dtype=k.dtype)
@@ -268,9 +287,10 @@ def check_cache_path(path: str | Path) -> Path:
 
 @contextlib.contextmanager
 def new_folder(path: Path, *, replaceable: re.Pattern[str] | None = None) -> Iterator[Path]:
-    """Give a temporary folder to fill, renamed to ``path`` at the end and removed on any failure.
+    """Give a temporary folder to fill, which becomes ``path`` at the end and is removed on any failure.
 
-    A folder that is already there must be empty, or hold nothing but files whose names match ``replaceable``.
+    A folder that is already there must be empty, or hold nothing but files whose names match ``replaceable``; these
+    are replaced one by one and the folder stays: it may be the current one, or a mount point.
     """
     if path.exists() and not path.is_dir():
         raise FileError(f"{path} is a file; name a folder.")
@@ -280,17 +300,24 @@ def new_folder(path: Path, *, replaceable: re.Pattern[str] | None = None) -> Ite
     foreign = [name for name in held if replaceable is not None and not replaceable.fullmatch(name)]
     if foreign:
         raise FileError(f"{path} holds {foreign[0]}, which is not part of a demo; name another folder.")
+    there = path.is_dir()
     try:
-        path.absolute().parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.absolute().parent))
+        place = path.absolute() if there else path.absolute().parent
+        place.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=place))
     except OSError as error:
         raise FileError(f"{path} cannot be made ({error.strerror or error}); name another place.") from None
     try:
         yield temporary
-        os.chmod(temporary, 0o755)
-        if path.is_dir():
-            shutil.rmtree(path)
-        os.replace(temporary, path)
+        if there:
+            new = {file.name for file in temporary.iterdir()}
+            for name in new:
+                os.replace(temporary / name, path / name)
+            for name in set(held) - new:
+                (path / name).unlink()
+        else:
+            os.chmod(temporary, 0o755)
+            os.replace(temporary, path)
     except OSError as error:
         if isinstance(error, FileError):
             raise

@@ -129,7 +129,10 @@ def compile_for(arch: str, name: str, macros: Macros) -> Build:
     from cupy.cuda import nvrtc
 
     options = [*_options(macros), f"-arch={arch}", "-ftz=true", "--ptxas-options=-v", f"-I{_cuda_headers()}"]
-    program = nvrtc.createProgram(_source(name), f"{name}.cu", (), ())
+    try:
+        program = nvrtc.createProgram(_source(name), f"{name}.cu", (), ())
+    except RuntimeError as error:  # CuPy loads NVRTC at the first call
+        raise KernelBuildError(f"NVRTC cannot be used ({error}); pip install nvidia-cuda-nvrtc-cu12.") from None
     try:
         nvrtc.compileProgram(program, tuple(options))
         log, cubin = nvrtc.getProgramLog(program), nvrtc.getCUBIN(program)
@@ -154,9 +157,9 @@ def compile_for(arch: str, name: str, macros: Macros) -> Build:
 
 
 def source_digest() -> str:
-    """Return a SHA-256 over every file of kernels_cu, names included."""
+    """Return a SHA-256 over kernels_cu and the CUDA backend: what a report of measurements belongs to."""
     digest = hashlib.sha256()
-    for file in sorted(SOURCES.glob("*.cu*")):
+    for file in (*sorted(SOURCES.glob("*.cu*")), _HERE / "cuda.py", _HERE / "kernels.py"):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()
 

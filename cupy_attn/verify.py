@@ -10,10 +10,12 @@ import numpy as np
 
 from . import reference
 from .accuracy import BARS, MAX_ERROR_BARS, StageError, check_collapse, compare_stages, max_error
-from .arrays import to_numpy
+from .arrays import BFLOAT16, to_numpy
+from .config import AttentionConfig
 from .errors import InputError
 from .io import OUTPUT
 from .layer import Attention
+from .plan import check_positions
 
 REFERENCE_SCORES = 10**8  # materialised scores the reference may have: 0.8 GB in float64
 DECODE_STEPS = 4
@@ -39,6 +41,7 @@ def verify_layer(
     *,
     positions: np.ndarray | None = None,
     expected: Mapping[str, np.ndarray] | None = None,
+    tokens: int | None = None,
     angles: str = "float64",
 ) -> Verification:
     """Run a layer on activations and compare every stage.
@@ -54,15 +57,24 @@ def verify_layer(
     expected : mapping of str to ndarray, optional
         Stages of a dump, by the names of ``reference.STAGES`` and ``y``. Its rows get the layer's bar plus twice
         what rounding as transformers does costs in this dtype.
+    tokens : int, optional
+        Use only the first tokens of each sequence, of ``positions`` and of ``expected``.
     angles : {"float64", "float32"}
         Of the reference; the layer has its own.
 
     Raises
     ------
     InputError
-        The reference would need more than ``REFERENCE_SCORES`` scores.
+        Positions or expected stages do not fit x, or the reference would need more than ``REFERENCE_SCORES`` scores.
     """
     batch, seq, _ = x.shape
+    if positions is not None:
+        cache, counts = layer.new_cache(batch, 1), np.full(batch, seq)
+        positions = check_positions(positions, layer.config, cache, counts, seq)[:, :tokens]
+    expected = _check_stages(expected or {}, layer.config, batch, seq)
+    expected = {name: _first_tokens(name, stage, tokens) for name, stage in expected.items()}
+    x = x[:, :tokens]
+    seq = x.shape[1]
     if batch * layer.config.num_attention_heads * seq * seq > REFERENCE_SCORES:
         most = int((REFERENCE_SCORES / batch / layer.config.num_attention_heads) ** 0.5)
         raise InputError(f"the float64 reference cannot take {seq} tokens; pass --tokens {most} or fewer.")
@@ -90,12 +102,38 @@ def verify_layer(
     return Verification(rows, against_dump, check_collapse(stages | {"probs": stages_ref["probs"]}))
 
 
+def _check_stages(
+    stages: Mapping[str, np.ndarray], config: AttentionConfig, batch: int, seq: int
+) -> Mapping[str, np.ndarray]:
+    """Return a dump's stages after checking that each holds numbers in the layer's shape."""
+    hidden, rows = (batch, seq, config.hidden_size), (batch, config.num_attention_heads, seq)
+    q, kv = (batch, seq, rows[1], config.head_dim), (batch, seq, config.num_key_value_heads, config.head_dim)
+    shapes = {"input_norm": hidden, "q": q, "k": kv, "v": kv, "q_norm": q, "k_norm": kv, "q_rope": q, "k_rope": kv,
+              "scores": (*rows, seq), "row_max": rows, "lse": rows, "probs": (*rows, seq), "attention": q,
+              "output": hidden, OUTPUT: hidden}  # fmt: skip
+    for name, stage in stages.items():
+        if stage.shape != shapes[name] or (stage.dtype.kind not in "fiu" and stage.dtype != BFLOAT16):
+            raise InputError(
+                f"the dump's {name} has shape {list(stage.shape)} and dtype {stage.dtype}, the layer gives floats of "
+                f"shape {list(shapes[name])}; dump it again, from this layer."
+            )
+    return stages
+
+
+def _first_tokens(name: str, stage: np.ndarray, tokens: int | None) -> np.ndarray:
+    """Cut a stage [B, S, ...], or [B, Hq, S] of row statistics, or [B, Hq, S, T], to its first tokens."""
+    if name in ("row_max", "lse"):
+        return stage[:, :, :tokens]
+    return stage[:, :, :tokens, :tokens] if name in ("scores", "probs") else stage[:, :tokens]
+
+
 def _decode_row(
     layer: Attention, x: np.ndarray, positions: np.ndarray | None, y_ref: np.ndarray, bar: float
 ) -> StageError:
     """Feed the last tokens one at a time through a cache and compare them with the whole."""
     batch, seq, _ = x.shape
-    first = seq - min(DECODE_STEPS, seq - 1)
+    # Dynamic RoPE may turn by other angles when the sequence was shorter: only the last step is the whole's.
+    first = seq - min(1 if layer.config.rope.rope_type == "dynamic" else DECODE_STEPS, seq - 1)
     cache = layer.new_cache(batch, seq)
 
     def part(start: int, stop: int) -> np.ndarray:

@@ -1,0 +1,96 @@
+"""Threads of our own, and BLAS kept out of their way."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from threadpoolctl import ThreadpoolController
+
+
+def workers() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@functools.cache
+def _pool() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max(workers() - 1, 1), thread_name_prefix="cupy_attn")
+
+
+if hasattr(os, "register_at_fork"):  # a forked child has the pool object but not its threads
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def run_parallel(tasks: Iterable[Callable[[], None]], threads: int) -> None:
+    """Run independent tasks on this and ``threads - 1`` more threads, in the order given.
+
+    The first exception, Ctrl-C included, drops the tasks not yet begun and is raised when none is running.
+    """
+    queue = deque(tasks)
+
+    def drain() -> None:
+        while True:
+            try:
+                task = queue.popleft()
+            except IndexError:
+                return
+            try:
+                task()
+            except BaseException:
+                queue.clear()
+                raise
+
+    helpers: list[Future[None]] = [_pool().submit(drain) for _ in range(min(threads, len(queue)) - 1)]
+    try:
+        drain()
+    finally:  # after Ctrl-C too: no task outlives the call
+        for helper in helpers:
+            helper.cancel() or helper.exception()
+    for helper in helpers:
+        if not helper.cancelled():
+            helper.result()
+
+
+_blas_lock = threading.Lock()
+_blas_users = 0
+_blas_limit: Any = None
+
+
+@functools.cache
+def _blas() -> ThreadpoolController:
+    return ThreadpoolController().select(user_api="blas")
+
+
+@contextlib.contextmanager
+def one_blas_thread() -> Iterator[None]:
+    """Keep BLAS on one thread a call: our own threads each run one, and two pools would fight for the cores."""
+    global _blas_users, _blas_limit
+    with _blas_lock:
+        _blas_users += 1
+        if _blas_users == 1:
+            _forget_controlling_thread()
+            _blas_limit = _blas().limit(limits=1)
+    try:
+        yield
+    finally:
+        with _blas_lock:
+            _blas_users -= 1
+            if _blas_users == 0:
+                _forget_controlling_thread()
+                _blas_limit.restore_original_limits()
+                _forget_controlling_thread()
+
+
+def _forget_controlling_thread() -> None:
+    """Let this thread set the limit: threadpoolctl 3.8 listens to the first that did, as long as that one lives."""
+    for library in _blas().lib_controllers:
+        forget = getattr(library, "clear_controlling_thread", None)
+        if forget is not None:
+            forget(force=True)
