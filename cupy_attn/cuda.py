@@ -187,10 +187,8 @@ class CudaBackend:
                 row_max, lse = self._row_statistics(block[0], k, positions, keys)
                 largest.append(row_max)
                 lses.append(lse)
-        stages = {"attention": xp.concatenate(outs)}
-        if wanted:
-            stages |= {"row_max": xp.concatenate(largest, axis=1), "lse": xp.concatenate(lses, axis=1)}
-        return stages
+        statistics = {"row_max": xp.concatenate(largest, axis=1), "lse": xp.concatenate(lses, axis=1)} if wanted else {}
+        return statistics | {"attention": xp.concatenate(outs)}
 
     def _row_statistics(self, q: Any, k: Any, q_pos: Any, k_pos: Any) -> tuple[Any, Any]:
         """Return the largest score and ln sum exp(scores) of every row, [Hq, S] each."""

@@ -14,6 +14,7 @@ from .config import AttentionConfig
 from .cpu import CpuBackend
 from .errors import DeviceError, InputError
 from .plan import Plan, check_cache, check_hidden, check_num_tokens, check_out, check_positions
+from .rope import ANGLE_DTYPES
 from .weights import AttentionWeights
 
 DEVICES = ("auto", "cuda", "cpu")
@@ -85,6 +86,8 @@ class Attention:
         self.weights = weights.astype(self.dtype)
         self.layer = weights.layer
         self.sliding_window = self.config.window(self.layer)
+        if angles not in ANGLE_DTYPES:
+            raise InputError(f"angles is {angles!r}; it must be one of {', '.join(ANGLE_DTYPES)}.")
         if device not in DEVICES:
             raise InputError(f"device is {device!r}; it must be one of {', '.join(DEVICES)}.")
         problem = None if device == "cpu" else cuda.problem()

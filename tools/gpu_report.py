@@ -113,11 +113,12 @@ def time_rms_norm() -> list[dict[str, Any]]:
 def markdown(report: dict[str, Any]) -> str:
     """Return the short table."""
     gpu, tests, self_tests = report["doctor"]["gpu"], report["tests"], report["doctor"]["self_test"]
+    failed = tests["failures"] + tests["errors"]
     lines = [
         f"# {gpu['name']}", "",
         f"Driver {gpu['driver']}, CUDA runtime {gpu['runtime']}, CuPy {report['cupy']}, {report['platform']}. Made by "
         f"`python tools/gpu_report.py`; sources {report['digest'][:12]}.", "",
-        f"Tests: {tests['passed']} passed, {tests['failures'] + tests['errors']} failed, {tests['skipped']} skipped.", "",
+        f"Tests that need a GPU: {tests['passed']} passed, {failed} failed, {tests['skipped']} skipped.", "",
         "| compute-sanitizer | verdict |", "|---|---|",
         *(f"| {tool} | {verdict} |" for tool, verdict in report["sanitizer"].items()), "",
         "| device | dtype | relative L2 | bar |", "|---|---|---|---|",

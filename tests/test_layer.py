@@ -1,0 +1,847 @@
+"""The layer on every backend against the float64 reference: shapes, chunks, batches, windows, refusals, threads."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import ml_dtypes
+import numpy as np
+import pytest
+from conftest import K_NORM_MAXIMA, make_config, make_hidden, make_weights
+from threadpoolctl import threadpool_info, threadpool_limits
+
+import cupy_attn as ca
+from cupy_attn import cpu, cuda, reference
+from cupy_attn.accuracy import BARS, MAX_ERROR_BARS, compare_stages, max_error, relative_l2
+from cupy_attn.arrays import to_numpy
+from cupy_attn.config import FULL, SLIDING
+from cupy_attn.threads import one_blas_thread, run_parallel
+
+DTYPES = ("float16", "bfloat16", "float32")
+CONFIG = make_config()
+
+# Far beyond any published weight a score reaches 10^4, and its float32 rounding alone (10^4 x 6e-8) moves a weight of
+# the softmax by 6e-4 in rows where two keys contend: float32 storage cannot keep 1e-5 elementwise there (3.7e-5 is
+# the worst of 32 seeds and shapes). The 16-bit bars hold everywhere.
+FLOAT32_BAR_AT_1000 = 1e-4
+
+
+def make_layer(dtype="float32", device="cpu", *, config=CONFIG, k_norm_max=96.5, seed=0, **options) -> ca.Attention:
+    weights = make_weights(config, k_norm_max=k_norm_max, seed=seed, dtype=dtype)
+    return ca.Attention(config, weights, dtype, device, **options)
+
+
+def exact(layer: ca.Attention, x, residual=None, **keywords) -> np.ndarray:
+    """Return the reference's output before its last rounding, float64."""
+    _, stages = reference.forward(layer.config, layer.weights, x, dtype=layer.dtype, **keywords)
+    return stages["output"] + (0 if residual is None else residual.astype(np.float64))
+
+
+def check(y, expected: np.ndarray, dtype: str, k_norm_max=96.5) -> None:
+    """Hold y to both bars of its dtype."""
+    y = to_numpy(y)
+    assert str(y.dtype) == dtype
+    beyond = dtype == "float32" and k_norm_max > 100
+    assert relative_l2(y, expected) <= (FLOAT32_BAR_AT_1000 if beyond else BARS[dtype])
+    assert max_error(y, expected) <= (FLOAT32_BAR_AT_1000 if beyond else MAX_ERROR_BARS[dtype])
+
+
+def same_bits(a, b) -> bool:
+    a, b = to_numpy(a), to_numpy(b)
+    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+
+
+def in_chunks(layer, x, sizes, *, cache=None) -> np.ndarray:
+    """Run x [B, S, H] chunk by chunk through one cache."""
+    cache = layer.new_cache(len(x), x.shape[1]) if cache is None else cache
+    ends = np.cumsum(sizes)
+    assert ends[-1] == x.shape[1]
+    return np.concatenate([to_numpy(layer(x[:, e - n : e], cache)) for n, e in zip(sizes, ends, strict=True)], axis=1)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Make every block of the CPU backend so small that a few tokens cross its edges, in two threads."""
+    for name, value in (("THREADED_ROWS", 2), ("PROJECT_ROWS", 8), ("NORM_ROWS", 3), ("ATTEND_ROWS", 16),
+                        ("ATTEND_KEYS", 8), ("DECODE_KEYS", 8), ("DECODE_ROWS", 2)):  # fmt: skip
+        monkeypatch.setattr(cpu, name, value)
+    monkeypatch.setattr(cpu, "workers", lambda: 2)
+
+
+# Against the reference.
+
+
+@pytest.mark.parametrize("k_norm_max", [1.0, *K_NORM_MAXIMA])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_prefill_and_decode_within_the_bars(device, dtype, k_norm_max):
+    layer = make_layer(dtype, device, k_norm_max=k_norm_max)
+    x = make_hidden(CONFIG, 2, 40, dtype=dtype)
+    expected = exact(layer, x)
+    check(layer(x), expected, dtype, k_norm_max)
+    check(in_chunks(layer, x, [30] + [1] * 10), expected, dtype, k_norm_max)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_16_bit_result_is_the_references_but_for_the_last_rounding(device, dtype):
+    """Where float32 arithmetic is exact enough, hardly a value may round to another neighbour."""
+    layer = make_layer(dtype, device)
+    x = make_hidden(CONFIG, 2, 40, dtype=dtype)
+    y, expected = to_numpy(layer(x)), reference.forward(CONFIG, layer.weights, x)[0]
+    if dtype != "float32":
+        assert (y != expected).mean() < 0.02
+    assert relative_l2(y, expected) < BARS[dtype] / 3
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("k_norm_max", [1.0, 96.5])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_stage_within_the_bars(device, dtype, k_norm_max, threaded, request):
+    if threaded:
+        request.getfixturevalue("small_blocks")
+    layer = make_layer(dtype, device, k_norm_max=k_norm_max)
+    x = make_hidden(CONFIG, 2, 20, dtype=dtype)
+    stages = {}
+    y = layer(x, stages=stages)
+    expected = reference.forward(CONFIG, layer.weights, x)[1]
+    assert list(stages) == [name for name in reference.STAGES if name not in ("scores", "probs")]
+    assert {to_numpy(value).dtype for value in stages.values()} == {np.dtype(np.float32)}
+    for row in compare_stages(stages, expected, BARS["float32"] if dtype == "float32" else BARS[dtype] / 3):
+        assert row.passed, row
+    assert relative_l2(y, to_numpy(stages["output"])) < BARS[dtype]
+
+
+def test_stages_of_a_decode_step_are_of_the_new_token(device):
+    layer = make_layer("float32", device)
+    x = make_hidden(CONFIG, 2, 9)
+    cache = layer.new_cache(2, 16)
+    layer(x[:, :8], cache)
+    past = (to_numpy(cache.k)[:, :8].copy(), to_numpy(cache.v)[:, :8].copy(), cache.positions[:, :8])
+    stages = {}
+    layer(x[:, 8:], cache, stages=stages)
+    expected = reference.forward(CONFIG, layer.weights, x[:, 8:], past=past)[1]
+    assert {n: to_numpy(s).shape for n, s in stages.items()} == {n: expected[n].shape for n in stages}
+    assert all(row.passed for row in compare_stages(stages, expected, BARS["float32"]))
+
+
+SHAPES = [  # Hq, Hkv, D: groups of 1, 2, 4, 5, 8, 12, 16
+    (3, 3, 16), (4, 2, 128), (8, 2, 80), (5, 1, 32), (10, 2, 2), (16, 2, 16), (12, 1, 64), (16, 1, 128), (1, 1, 2),
+    (40, 8, 16), (64, 4, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), SHAPES)
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_every_group_and_head_dim(device, heads, kv_heads, head_dim, dtype):
+    config = make_config(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, hidden_size=72)
+    layer = make_layer(dtype, device, config=config)
+    x = make_hidden(config, 2, 19, dtype=dtype)
+    expected = exact(layer, x)
+    check(layer(x), expected, dtype)
+    check(in_chunks(layer, x, [11, 1, 1, 6]), expected, dtype)
+
+
+@pytest.mark.parametrize("hidden_size", [1, 7, 97])
+def test_odd_hidden_sizes(device, hidden_size):
+    config = make_config(hidden_size=hidden_size)
+    layer = make_layer("float32", device, config=config)
+    x = make_hidden(config, 2, 5)
+    check(layer(x), exact(layer, x), "float32")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_biases(device, dtype):
+    config = make_config(attention_bias=True)
+    layer = make_layer(dtype, device, config=config)
+    x = make_hidden(config, 2, 12, dtype=dtype)
+    expected = exact(layer, x)
+    check(in_chunks(layer, x, [9, 1, 2]), expected, dtype)
+
+
+def test_a_single_token(device):
+    layer = make_layer("float32", device)
+    x = make_hidden(CONFIG, 3, 1)
+    check(layer(x), exact(layer, x), "float32")
+
+
+# Chunks, batches, padding.
+
+CHUNKINGS = [
+    [33], [1] * 33, [1, 32], [32, 1], [8, 8, 8, 9], [7, 1, 9, 16], [16, 17], [2, 3, 5, 7, 11, 5], [9, 1, 1, 1, 21],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sizes", CHUNKINGS, ids=lambda s: "+".join(map(str, s)) if len(s) < 8 else "ones")
+@pytest.mark.parametrize("k_norm_max", [1.0, 96.5])
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_chunks_are_the_whole(device, small_blocks, sizes, k_norm_max, dtype):
+    layer = make_layer(dtype, device, k_norm_max=k_norm_max)
+    x = make_hidden(CONFIG, 2, 33, dtype=dtype)
+    check(in_chunks(layer, x, sizes), exact(layer, x), dtype)
+
+
+@pytest.mark.parametrize("seq", [7, 8, 9, 15, 16, 17, 24, 25])
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_lengths_around_the_edges_of_blocks(small_blocks, monkeypatch, seq, workers):
+    monkeypatch.setattr(cpu, "workers", lambda: workers)
+    layer = make_layer()
+    x = make_hidden(CONFIG, 2, seq)
+    check(layer(x), exact(layer, x), "float32")
+
+
+@pytest.mark.parametrize("seq", [200, 300])
+def test_the_blocks_as_they_are(device, seq):
+    """300 tokens take the threaded path of the CPU backend as users have it, and more than one block of queries."""
+    config = make_config(num_attention_heads=8)
+    layer = make_layer("float32", device, config=config)
+    x = make_hidden(config, 2, seq)
+    check(layer(x), exact(layer, x), "float32")
+
+
+def test_a_batch_is_its_sequences_one_by_one(device):
+    layer = make_layer("float32", device)
+    x = make_hidden(CONFIG, 4, 21)
+    cache = layer.new_cache(4, 32)
+    together = [to_numpy(layer(x[:, :20], cache)), to_numpy(layer(x[:, 20:], cache))]
+    for b in range(4):
+        alone = layer.new_cache(1, 32)
+        for part, got in zip((x[b : b + 1, :20], x[b : b + 1, 20:]), together, strict=True):
+            assert relative_l2(got[b : b + 1], to_numpy(layer(part, alone))) < 2e-6
+
+
+@pytest.mark.parametrize("threaded", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_unequal_lengths(device, dtype, threaded, request):
+    if threaded:
+        request.getfixturevalue("small_blocks")
+    layer = make_layer(dtype, device)
+    x = make_hidden(CONFIG, 4, 20, dtype=dtype)
+    residual = make_hidden(CONFIG, 4, 20, seed=2, dtype=dtype)
+    first, then = np.array([9, 0, 13, 1]), np.array([7, 5, 0, 1])
+    cache = layer.new_cache(4, 24)
+    outputs = []
+    for counts, rows in ((first, slice(0, 13)), (then, slice(13, 20))):
+        part, res = x[:, rows].copy(), residual[:, rows].copy()
+        for b, n in enumerate(counts):
+            part[b, n:] = res[b, n:] = np.nan  # padding must not matter
+        outputs.append(to_numpy(layer(part, cache, num_tokens=counts, residual=res)))
+    assert cache.lengths.tolist() == [16, 5, 13, 2]
+    for b in range(4):
+        tokens = np.concatenate([x[b, : first[b]], x[b, 13 : 13 + then[b]]])[None]
+        res = np.concatenate([residual[b, : first[b]], residual[b, 13 : 13 + then[b]]])[None]
+        got = np.concatenate([outputs[0][b, : first[b]], outputs[1][b, : then[b]]])[None]
+        check(got, exact(layer, tokens, res), dtype)
+        assert not outputs[0][b, first[b] :].any()
+        assert not outputs[1][b, then[b] :].any()
+
+
+def test_stages_of_padding_are_zero(device):
+    layer = make_layer("float32", device)
+    x = make_hidden(CONFIG, 2, 6)
+    x[0, 2:] = np.nan
+    stages = {}
+    layer(x, num_tokens=[2, 6], stages=stages)
+    for name, value in stages.items():
+        value = to_numpy(value)
+        padding = value[0, :, 2:] if name in ("row_max", "lse") else value[0, 2:]
+        assert not padding.any(), name
+        assert np.isfinite(value).all(), name
+
+
+def test_no_tokens_at_all_is_no_work(device):
+    layer = make_layer("float32", device)
+    cache = layer.new_cache(2, 4)
+    y = layer(np.full((2, 3, 96), np.nan, np.float32), cache, num_tokens=[0, 0])
+    assert not to_numpy(y).any()
+    assert cache.lengths.tolist() == [0, 0]
+
+
+# Sliding windows.
+
+
+@pytest.mark.parametrize("window", [1, 2, 7, 8, 9, 15, 16, 17, 32, 33, 34, 1000])
+@pytest.mark.parametrize("sizes", [[33], [16, 16, 1], [20] + [1] * 13])
+def test_sliding_windows(device, small_blocks, window, sizes):
+    config = make_config(use_sliding_window=True, sliding_window=window, max_window_layers=0)
+    layer = make_layer("float32", device, config=config)
+    x = make_hidden(config, 2, 33)
+    assert layer.sliding_window == window
+    check(in_chunks(layer, x, sizes), exact(layer, x), "float32")
+
+
+def test_a_window_of_one_sees_itself_only(device):
+    config = make_config(use_sliding_window=True, sliding_window=1, max_window_layers=0)
+    layer = make_layer("float32", device, config=config)
+    stages = {}
+    layer(make_hidden(config, 1, 9), stages=stages)
+    v = to_numpy(stages["v"]).repeat(config.group, axis=2)
+    np.testing.assert_allclose(to_numpy(stages["attention"]), v, rtol=1e-6)
+
+
+def test_a_window_longer_than_everything_is_no_window(device):
+    config = make_config(use_sliding_window=True, sliding_window=33, max_window_layers=0)
+    x = make_hidden(CONFIG, 1, 33)
+    assert same_bits(make_layer("float32", device, config=config)(x), make_layer("float32", device)(x))
+
+
+def test_a_window_counts_positions_not_tokens(device):
+    config = make_config(use_sliding_window=True, sliding_window=5, max_window_layers=0)
+    layer = make_layer("float32", device, config=config)
+    x = make_hidden(config, 1, 8)
+    positions = [0, 3, 4, 8, 9, 20, 24, 25]
+    check(layer(x, positions=positions), exact(layer, x, positions=np.array(positions)), "float32")
+
+
+def test_only_sliding_layers_slide():
+    config = make_config(use_sliding_window=True, sliding_window=4, layer_types=[FULL, SLIDING, FULL, FULL])
+    x = make_hidden(config, 1, 12)
+    for index, window in ((0, None), (1, 4)):
+        weights = make_weights(config, layer=index)
+        layer = ca.Attention(config, weights, "float32", "cpu")
+        assert layer.sliding_window == window
+        check(layer(x), exact(layer, x), "float32")
+
+
+# Positions.
+
+
+@pytest.mark.parametrize("positions", [range(100, 112), [0, 1, 5, 6, 7, 50, 51, 500, 1000, 2000, 4000, 4095]])
+def test_positions_with_an_offset_and_gaps(device, positions):
+    layer = make_layer("float32", device)
+    x = make_hidden(CONFIG, 2, 12)
+    positions = np.array(positions)
+    expected = exact(layer, x, positions=positions)
+    check(layer(x, positions=positions), expected, "float32")
+    cache = layer.new_cache(2, 12)
+    got = [to_numpy(layer(x[:, i : i + 3], cache, positions=positions[i : i + 3].tolist())) for i in range(0, 12, 3)]
+    check(np.concatenate(got, 1), expected, "float32")
+    assert cache.positions[0].tolist() == positions.tolist()
+    assert cache.next_positions().tolist() == [positions[-1] + 1] * 2
+
+
+def test_positions_of_each_sequence(device):
+    layer = make_layer("float32", device)
+    x = make_hidden(CONFIG, 2, 6)
+    positions = np.array([[0, 1, 2, 3, 4, 5], [7, 9, 11, 100, 101, 102]])
+    check(layer(x, positions=positions), exact(layer, x, positions=positions), "float32")
+
+
+def test_positions_of_padding_are_not_read(device):
+    layer = make_layer("float32", device)
+    x = make_hidden(CONFIG, 2, 4)
+    cache = layer.new_cache(2, 8)
+    y = layer(x, cache, positions=[[5, 6, -1, 99999], [0, 1, 2, 3]], num_tokens=[2, 4])
+    check(to_numpy(y)[:1, :2], exact(layer, x[:1, :2], positions=np.array([5, 6])), "float32")
+    assert cache.next_positions().tolist() == [7, 4]
+
+
+def test_default_positions_count_on_after_a_gap(device):
+    layer = make_layer("float32", device)
+    x = make_hidden(CONFIG, 1, 5)
+    cache = layer.new_cache(1, 8)
+    layer(x[:, :2], cache, positions=[3, 10])
+    layer(x[:, 2:], cache)
+    assert cache.positions[0, :5].tolist() == [3, 10, 11, 12, 13]
+
+
+@pytest.mark.parametrize("angles", ["float64", "float32"])
+def test_angles_at_the_far_end_of_a_long_context(device, angles):
+    config = make_config(max_position_embeddings=1_000_000)
+    layer = make_layer("float32", device, config=config, angles=angles)
+    x = make_hidden(config, 1, 8)
+    positions = np.array([0, 1, 500_000, 999_990, 999_991, 999_997, 999_998, 999_999])
+    # The table's entries are float32: what is lost is 2^-24 of each, not of the angle.
+    check(layer(x, positions=positions), exact(layer, x, positions=positions, angles=angles), "float32")
+
+
+# Dynamic RoPE.
+
+
+def held(cache, sequences: slice, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return copies of the first cached tokens; taking ``cache.k`` would make the layer rotate all keys anew."""
+    k, v = (to_numpy(a).transpose(0, 2, 1, 3)[sequences, :count].copy() for a in (cache.k_heads, cache.v_heads))
+    return k, v, cache.positions[sequences, :count]
+
+
+@pytest.mark.parametrize("sizes", [[30] + [1] * 15, [20, 25], [45], [32, 1, 12]])
+def test_dynamic_rope_past_its_length(device, sizes):
+    """Each call rotates all keys, old ones too, at the frequencies of the length it reaches."""
+    config = make_config(max_position_embeddings=32, rope_scaling={"rope_type": "dynamic", "factor": 4.0})
+    layer = make_layer("float32", device, config=config)
+    x = make_hidden(config, 2, 45)
+    cache = layer.new_cache(2, 64)
+    for n, end in zip(sizes, np.cumsum(sizes), strict=True):
+        past = held(cache, slice(None), int(cache.lengths[0]))
+        part = x[:, end - n : end]
+        check(layer(part, cache), exact(layer, part, past=past), "float32")
+
+
+def test_dynamic_rope_of_sequences_on_either_side_of_its_length(device):
+    config = make_config(max_position_embeddings=32, rope_scaling={"rope_type": "dynamic", "factor": 4.0})
+    layer = make_layer("float32", device, config=config)
+    x = make_hidden(config, 2, 40)
+    cache = layer.new_cache(2, 64)
+    y = to_numpy(layer(x, cache, num_tokens=[10, 40]))
+    check(y[:1, :10], exact(layer, x[:1, :10]), "float32")
+    check(y[1:], exact(layer, x[1:]), "float32")
+    cache.truncate([10, 20])  # back below the length: its frequencies are the plain ones again
+    step = make_hidden(config, 2, 1, seed=5)
+    got = to_numpy(layer(step, cache))  # what it appends lies past what ``held`` copies
+    for b, have in ((0, 10), (1, 20)):
+        past = held(cache, slice(b, b + 1), have)
+        check(got[b : b + 1], exact(layer, step[b : b + 1], past=past), "float32")
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "linear", "factor": 2.0},
+        {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+        {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+         "original_max_position_embeddings": 64},
+    ],
+    ids=lambda rope: rope["rope_type"],
+)  # fmt: skip
+def test_other_rope_kinds(device, rope):
+    config = make_config(rope_scaling=rope, rope_theta=10_000.0)
+    layer = make_layer("float32", device, config=config)
+    x = make_hidden(config, 2, 40)
+    check(in_chunks(layer, x, [35, 1, 4]), exact(layer, x), "float32")
+
+
+# residual, out, stages, input arrays.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_residual_is_added_before_the_rounding(device, dtype):
+    layer = make_layer(dtype, device)
+    x, residual = make_hidden(CONFIG, 2, 9, dtype=dtype), make_hidden(CONFIG, 2, 9, seed=3, dtype=dtype)
+    check(layer(x, residual=residual), exact(layer, x, residual), dtype)
+
+
+@pytest.mark.parametrize("target", ["x", "residual", "fresh"])
+def test_out_may_be_x_or_the_residual(device, target):
+    layer = make_layer("float16", device)
+    x = make_hidden(CONFIG, 2, 9, dtype="float16")
+    expected = to_numpy(layer(x, residual=x))
+    arrays = {"x": x.copy(), "residual": x.copy(), "fresh": np.empty_like(x)}
+    out = arrays[target]
+    y = layer(arrays["x"], residual=arrays["residual"], out=out)
+    assert y is out
+    assert same_bits(out, expected)
+
+
+def test_out_may_be_a_strided_view():
+    layer = make_layer()
+    x = make_hidden(CONFIG, 2, 9)
+    wide = np.zeros((2, 18, 96), np.float32)
+    layer(x, out=wide[:, ::2])
+    assert same_bits(np.ascontiguousarray(wide[:, ::2]), layer(x))
+    assert not wide[:, 1::2].any()
+
+
+def test_x_may_be_a_strided_view(device):
+    layer = make_layer("float32", device)
+    x = make_hidden(CONFIG, 2, 18)
+    assert same_bits(layer(x[:, ::2]), layer(np.ascontiguousarray(x[:, ::2])))
+
+
+def test_x_is_not_written(device):
+    layer = make_layer("float32", device)
+    x = make_hidden(CONFIG, 2, 9)
+    before = x.copy()
+    x.flags.writeable = False
+    layer(x, residual=x)
+    assert same_bits(x, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_torch_tensors_go_in(dtype):
+    torch = pytest.importorskip("torch")
+    layer = make_layer(dtype)
+    x = make_hidden(CONFIG, 2, 9, dtype=dtype)
+    tensor = torch.from_numpy(x.astype(np.float32)).to(getattr(torch, dtype))
+    positions = torch.arange(9)
+    y = layer(tensor, residual=tensor, positions=positions, num_tokens=torch.tensor([9, 9]))
+    assert isinstance(y, np.ndarray)
+    assert same_bits(y, layer(x, residual=x))
+    out = torch.empty_like(tensor)
+    layer(tensor, residual=tensor, out=out)
+    assert same_bits(out.float().numpy(), y.astype(np.float32))
+
+
+def test_collecting_stages_does_not_move_the_result(device):
+    layer = make_layer("float32", device, k_norm_max=1.0)
+    x = make_hidden(CONFIG, 2, 30)
+    assert relative_l2(layer(x, stages={}), layer(x)) < 2e-6
+
+
+# Determinism.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("seq", [1, 30, 300])
+def test_the_same_call_gives_the_same_bits(device, dtype, seq):
+    layer = make_layer(dtype, device)
+    x, past = make_hidden(CONFIG, 2, seq, dtype=dtype), make_hidden(CONFIG, 2, 5, seed=2, dtype=dtype)
+    results = []
+    for _ in range(3):
+        cache = layer.new_cache(2, seq + 5)
+        layer(past, cache)
+        y = layer(x, cache)
+        results.append(b"".join(to_numpy(a).tobytes() for a in (y, cache.k_heads, cache.v_heads)))
+    assert results[0] == results[1] == results[2]
+
+
+def test_a_layer_made_anew_gives_the_same_bits(device):
+    x = make_hidden(CONFIG, 2, 30)
+    assert same_bits(make_layer("float32", device)(x), make_layer("float32", device)(x))
+
+
+@pytest.mark.parametrize("k_norm_max", [96.5, 1000.0])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_no_nan_or_inf_whatever_the_weights(device, dtype, k_norm_max):
+    config = make_config(head_dim=128)
+    layer = make_layer(dtype, device, config=config, k_norm_max=k_norm_max)
+    x = make_hidden(config, 2, 20, dtype=dtype)
+    x[0, 3] = 0  # a row whose mean square is nothing but eps
+    x[1, 2] *= np.asarray(100, x.dtype)
+    stages = {}
+    assert np.isfinite(to_numpy(layer(x, stages=stages)).astype(np.float32)).all()
+    assert ca.check_collapse(stages) == []
+
+
+def test_two_layers_take_turns(device):
+    layers = [make_layer("float16", device, seed=seed) for seed in (0, 1)]
+    x = make_hidden(CONFIG, 2, 12, dtype="float16")
+    alone = [in_chunks(layer, x, [8, 1, 1, 2]) for layer in layers]
+    caches = [layer.new_cache(2, 12) for layer in layers]
+    got: list[list[np.ndarray]] = [[], []]
+    for rows in (slice(0, 8), slice(8, 9), slice(9, 10), slice(10, 12)):
+        for i, layer in enumerate(layers):
+            got[i].append(to_numpy(layer(x[:, rows], caches[i])))
+    for i in range(2):
+        assert same_bits(np.concatenate(got[i], 1), alone[i])
+
+
+# Threads.
+
+
+@pytest.mark.parametrize("sizes", [([300, 270], [280]), ([30] + [1] * 20, [40] + [1] * 10)], ids=["large", "small"])
+def test_two_threads_give_the_bits_of_one(device, sizes):
+    """Large calls share the pool of threads, small ones BLAS's."""
+    layers = [make_layer("float32", device, seed=seed) for seed in (0, 1)]
+    inputs = [make_hidden(CONFIG, 2, sum(s), seed=sum(s)) for s in sizes]
+    expected = [in_chunks(layer, x, s) for layer, x, s in zip(layers, inputs, sizes, strict=True)]
+    results: list[list[bool]] = [[], []]
+    start = threading.Barrier(2)
+
+    def work(i: int) -> None:
+        start.wait(10)
+        for _ in range(8):
+            results[i].append(same_bits(in_chunks(layers[i], inputs[i], sizes[i]), expected[i]))
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert results == [[True] * 8, [True] * 8]
+
+
+def test_a_small_call_beside_a_large_one_gives_the_bits_it_gives_alone(monkeypatch, request):
+    """A large call keeps BLAS on one thread, for the whole process: a decode step beside it must not notice."""
+    config = make_config(num_attention_heads=8, num_key_value_heads=1, head_dim=128)
+    layer, other = make_layer(config=config), make_layer(config=config, seed=1)
+    cache = layer.new_cache(1, 1001)
+    layer(make_hidden(config, 1, 1000), cache)
+    step = make_hidden(config, 1, 1, seed=2)
+
+    def decode() -> np.ndarray:
+        cache.truncate(1000)
+        return layer(step, cache)
+
+    decode()  # rotates what is kept
+    alone = decode()
+    with one_blas_thread():
+        if not same_bits(decode(), alone):
+            reason = "OpenBLAS picks its kernel by its thread count, which threads.one_blas_thread sets process-wide"
+            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+
+    started, release = threading.Event(), threading.Event()
+    project = cpu._Run._project
+
+    def wait_inside(self, *args):
+        if threading.current_thread() is not threading.main_thread():
+            started.set()
+            release.wait(2)
+        project(self, *args)
+
+    monkeypatch.setattr(cpu._Run, "_project", wait_inside)
+    large = threading.Thread(target=other, args=(make_hidden(config, 1, 600),))
+    large.start()
+    assert started.wait(10)
+    beside = decode()
+    release.set()
+    large.join(60)
+    assert same_bits(beside, alone)
+
+
+def failing(method, error: BaseException, *, in_helper: bool):
+    """Return ``method`` so that it fails once: in a helper thread, while this one waits, or in this one."""
+    raised = threading.Event()
+
+    def run(self, *args):
+        here = threading.current_thread() is threading.main_thread()
+        if here and in_helper:
+            assert raised.wait(10), "no task ran in a helper thread"
+            time.sleep(0.01)
+        elif here != in_helper and not raised.is_set():
+            raised.set()
+            raise error
+        return method(self, *args)
+
+    return run
+
+
+@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt(), MemoryError("full")], ids=repr)
+@pytest.mark.parametrize("in_helper", [False, True], ids=["main", "helper"])
+@pytest.mark.parametrize("phase", ["_project", "_attend", "_project_output"])
+def test_a_failing_task_leaves_the_cache_as_it_was(small_blocks, monkeypatch, error, in_helper, phase):
+    layer = make_layer()
+    x, past = make_hidden(CONFIG, 2, 20), make_hidden(CONFIG, 2, 9, seed=2)
+    cache, untouched = layer.new_cache(2, 40), layer.new_cache(2, 40)
+    layer(past, cache)
+    layer(past, untouched)
+    before = {name: array.tobytes() for name, array in cache.state().items()}
+    out = np.full_like(x, 7)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu._Run, phase, failing(getattr(cpu._Run, phase), error, in_helper=in_helper))
+        with pytest.raises(type(error)) as caught:
+            layer(x, cache, out=out)
+    assert caught.value is error
+    assert {name: array.tobytes() for name, array in cache.state().items()} == before
+    assert (out == 7).all()
+    assert same_bits(layer(x, cache), layer(x, untouched))
+
+
+def test_a_failure_drops_what_has_not_begun_and_waits_for_what_has():
+    both_run, log = threading.Barrier(2), []
+
+    def fail_here_work_there():
+        both_run.wait(10)
+        if threading.current_thread() is threading.main_thread():
+            raise RuntimeError("broken")
+        time.sleep(0.1)
+        log.append("finished")
+
+    later = [lambda: log.append("begun after the failure")] * 20
+    with pytest.raises(RuntimeError, match="broken"):
+        run_parallel([fail_here_work_there] * 2 + later, threads=2)
+    assert log == ["finished"]
+
+
+def blas_threads() -> list[int]:
+    return [pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas"]
+
+
+def test_large_calls_of_any_thread_keep_blas_on_one(monkeypatch):
+    """threadpoolctl 3.8 listens to the thread that set a limit first, as long as that one lives: here this one."""
+    before, during = blas_threads(), []
+    project = cpu._Run._project
+
+    def note(self, *args):
+        during.append(blas_threads())
+        project(self, *args)
+
+    monkeypatch.setattr(cpu, "THREADED_ROWS", 1)
+    monkeypatch.setattr(cpu._Run, "_project", note)
+    layer, x = make_layer(), make_hidden(CONFIG, 2, 20)
+    layer(x)
+    threadpool_limits(before[0], user_api="blas")
+    thread = threading.Thread(target=layer, args=(x,))
+    thread.start()
+    thread.join(60)
+    assert len(during) >= 2
+    assert during == [[1] * len(before)] * len(during)
+    assert blas_threads() == before
+
+
+def test_blas_has_its_threads_back_whoever_leaves_last():
+    before = blas_threads()
+    inside, leave = threading.Event(), threading.Event()
+
+    def first_in_last_out():
+        with one_blas_thread():
+            inside.set()
+            leave.wait(10)
+
+    other = threading.Thread(target=first_in_last_out)
+    other.start()
+    assert inside.wait(10)
+    with one_blas_thread():
+        assert blas_threads() == [1] * len(before)
+    assert blas_threads() == [1] * len(before)
+    leave.set()
+    other.join(10)
+    assert blas_threads() == before
+
+    leave.clear()
+    with one_blas_thread():  # and now in the other order, both threads alive at the end
+        other = threading.Thread(target=first_in_last_out)
+        inside.clear()
+        other.start()
+        assert inside.wait(10)
+    leave.set()
+    other.join(10)
+    assert blas_threads() == before
+
+
+def test_blas_has_its_threads_back_after_a_failure(monkeypatch):
+    before, during = blas_threads(), []
+
+    def fail(self, *args):
+        during.append(blas_threads())
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(cpu, "THREADED_ROWS", 1)
+    monkeypatch.setattr(cpu._Run, "_project", fail)
+    with pytest.raises(RuntimeError, match="broken"):
+        make_layer()(make_hidden(CONFIG, 2, 20))
+    assert during[0] == [1] * len(before)
+    assert blas_threads() == before
+
+
+# Refusals: what, in which words, and nothing written.
+
+
+def z(*shape, dtype=np.float32) -> np.ndarray:
+    return np.zeros(shape, dtype)
+
+
+READ_ONLY = np.zeros((2, 3, 96), np.float32)
+READ_ONLY.flags.writeable = False
+
+REFUSALS = [
+    ({"x": z(3, 96)}, "x has shape [3, 96], expected [B, S, 96]; reshape it to [batch, tokens, hidden]"),
+    ({"x": z(2, 3, 95)}, "x has shape [2, 3, 95], expected [B, S, 96]"),
+    ({"x": z(2, 0, 96)}, "x has shape [2, 0, 96] and holds no token; pass at least one"),
+    ({"x": z(0, 3, 96)}, "holds no token"),
+    ({"x": z(2, 3, 96, dtype=np.float16)}, "x is float16, the layer is float32; convert it with astype or make"),
+    ({"x": z(2, 3, 96, dtype=np.float64)}, "x is float64, the layer is float32"),
+    ({"x": z(2, 3, 96, dtype=ml_dtypes.bfloat16)}, "x is bfloat16, the layer is float32"),
+    ({"x": z(2, 3, 96).tolist()}, "x is a list; pass a NumPy or CuPy array"),
+    ({"residual": z(2, 2, 96)}, "residual has shape [2, 2, 96], expected [2, 3, 96]"),
+    ({"residual": z(2, 3, 96, dtype=np.float16)}, "residual is float16, the layer is float32"),
+    ({"residual": 1.0}, "residual is a float; pass a NumPy or CuPy array"),
+    ({"out": z(1, 3, 96)}, "out has shape [1, 3, 96], expected [2, 3, 96]"),
+    ({"out": z(2, 3, 96, dtype=np.float64)}, "out is float64, the layer is float32"),
+    ({"out": READ_ONLY}, "out is read-only; pass a writable array"),
+    ({"stages": []}, "stages is a list; pass a dict to be filled"),
+    ({"num_tokens": [3]}, "num_tokens has shape [1], expected [2]; give one for each sequence"),
+    ({"num_tokens": 3}, "num_tokens is a int"),
+    ({"num_tokens": [3, 4]}, "num_tokens is [3, 4]; each must be 0 to 3, the rows of x"),
+    ({"num_tokens": [-1, 3]}, "num_tokens is [-1, 3]; each must be 0 to 3"),
+    ({"num_tokens": [1.0, 2.0]}, "num_tokens has dtype float64; give integers"),
+    ({"positions": [5, 6]}, "positions has shape [2], expected [3] or [2, 3]"),
+    ({"positions": [[5, 6, 7]]}, "positions has shape [1, 3], expected [3] or [2, 3]"),
+    ({"positions": [5.0, 6.0, 7.0]}, "positions has dtype float64; give integers"),
+    ({"positions": np.array([True, True, True])}, "positions has dtype bool; give integers"),
+    ({"positions": [5, 6, 4096]}, "token 2 of sequence 0 is at position 4096, the model's positions are 0 to 4095"),
+    ({"positions": [[5, 6, 7], [5, 6, 1 << 40]]}, "token 2 of sequence 1 is at position 1099511627776"),
+    ({"positions": [-1, 6, 7]}, "token 0 of sequence 0 is at position -1"),
+    ({"positions": [5, 7, 7]}, "positions of sequence 0 go from 7 to 7 at token 2; they must increase"),
+    ({"positions": [[5, 6, 7], [8, 7, 9]]}, "positions of sequence 1 go from 8 to 7 at token 1"),
+    ({"positions": [3, 5, 6]}, "sequence 0 starts at position 3 but its cache ends at 3; positions must go on from 4"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSALS)
+def test_refused_before_anything_is_written(device, change, words):
+    layer = make_layer("float32", device)
+    cache = layer.new_cache(2, 16)
+    layer(make_hidden(CONFIG, 2, 4), cache)
+    before = [to_numpy(a).tobytes() for a in (cache.k_heads, cache.v_heads, cache.positions, cache.lengths)]
+    given = {"x": make_hidden(CONFIG, 2, 3, seed=3), "out": np.full((2, 3, 96), 7, np.float32), "stages": {}} | change
+    out_before = given["out"].tobytes()
+    with pytest.raises(ca.InputError) as caught:
+        layer(given.pop("x"), cache, **given)
+    assert words in str(caught.value)
+    assert [to_numpy(a).tobytes() for a in (cache.k_heads, cache.v_heads, cache.positions, cache.lengths)] == before
+    assert given["out"].tobytes() == out_before
+    assert not given["stages"]
+
+
+def test_default_positions_past_the_end_of_the_model(device):
+    config = make_config(max_position_embeddings=10)
+    layer = make_layer("float32", device, config=config)
+    cache = layer.new_cache(1, 16)
+    layer(make_hidden(config, 1, 9), cache)
+    with pytest.raises(ca.InputError, match=r"token 1 of sequence 0 is at position 10, .* positions are 0 to 9"):
+        layer(make_hidden(config, 1, 2), cache)
+    assert cache.lengths.tolist() == [9]
+    layer(make_hidden(config, 1, 1), cache)
+    assert cache.lengths.tolist() == [10]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"dtype": "float64"}, "dtype is 'float64'; it must be one of float16, bfloat16, float32"),
+        ({"device": "gpu"}, "device is 'gpu'; it must be one of auto, cuda, cpu"),
+        ({"layer": 3}, "layer is 3, the weights are of layer 0; leave layer out"),
+        ({"angles": "float16"}, "angles is 'float16'; it must be one of float64, float32"),
+    ],
+)
+def test_options_of_a_layer_are_checked(options, words):
+    with pytest.raises(ca.InputError) as caught:
+        ca.Attention(CONFIG, make_weights(CONFIG), **({"dtype": "float32", "device": "cpu"} | options))
+    assert words in str(caught.value)
+
+
+def test_cuda_without_a_gpu_says_why(monkeypatch):
+    monkeypatch.setattr(cuda, "problem", lambda: "no CUDA GPU is visible; use device='cpu'.")
+    with pytest.raises(ca.DeviceError, match="no CUDA GPU is visible; use device='cpu'"):
+        make_layer("float32", "cuda")
+    assert make_layer("float32", "auto").device == "cpu"
+
+
+def test_precise_is_decided_by_the_threshold():
+    assert not make_layer(k_norm_max=20.0).precise
+    assert make_layer(k_norm_max=44.5).precise
+    raised = ca.AttentionConfig.from_dict(CONFIG.to_dict(), precise_threshold=50.0)
+    assert not make_layer(config=raised, k_norm_max=44.5).precise
+    assert "float32" in repr(make_layer())
+
+
+# One call.
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_forward_from_plain_dicts(device, dtype):
+    weights = make_weights(CONFIG, layer=2, dtype=dtype)
+    x = make_hidden(CONFIG, 2, 9, dtype=dtype)
+    layer = ca.Attention(CONFIG, weights, dtype, device)
+    expected = to_numpy(layer(x, residual=x))
+    y = ca.forward(x, CONFIG.to_dict(), weights.to_dict(CONFIG), layer=2, residual=x, device=device)
+    assert same_bits(y, expected)
+    assert same_bits(ca.forward(x, CONFIG, weights, residual=x, device=device), expected)
+
+
+def test_forward_with_a_cache(device):
+    weights = make_weights(CONFIG)
+    x = make_hidden(CONFIG, 1, 9)
+    layer = ca.Attention(CONFIG, weights, "float32", device)
+    cache = layer.new_cache(1, 16)
+    parts = [to_numpy(ca.forward(x[:, rows], CONFIG, weights, cache=cache, device=device))
+             for rows in (slice(0, 5), slice(5, 6), slice(6, 9))]  # fmt: skip
+    check(np.concatenate(parts, 1), exact(layer, x), "float32")
+    assert cache.lengths.tolist() == [9]
+
+
+def test_forward_converts_to_the_dtype_asked_for():
+    weights, x = make_weights(CONFIG), make_hidden(CONFIG, 1, 5)
+    y = ca.forward(x, CONFIG, weights, dtype="float16", device="cpu")
+    assert same_bits(y, ca.Attention(CONFIG, weights, "float16", "cpu")(x.astype(np.float16)))
+    with pytest.raises(ca.InputError, match="hidden_states is float64; convert it to one of float16, bfloat16"):
+        ca.forward(x.astype(np.float64), CONFIG, weights, device="cpu")
