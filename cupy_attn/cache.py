@@ -225,16 +225,28 @@ class KVCache:
                 raise CacheError(
                     f"cache: stored {name} has shape {array.shape}, expected {shape}; it is of another config or batch."
                 )
-        if k.dtype != self.dtype or v.dtype != self.dtype:
-            raise CacheError(f"cache: stored as {k.dtype}, the layer stores {self.dtype}; use dtype {k.dtype}.")
+        for name, array in (("k", k), ("v", v)):
+            if array.dtype != self.dtype:
+                raise CacheError(
+                    f"cache: {name} is stored as {array.dtype}, the layer stores {self.dtype}; use dtype {array.dtype}."
+                )
         if longest > self.capacity:
             raise CacheError(f"cache: {longest} stored tokens exceed capacity {self.capacity}; make a larger one.")
         if lengths.size and (int(lengths.min()) < 0 or int(lengths.max()) > longest):
-            raise CacheError(f"cache: stored lengths {lengths.tolist()} exceed the {longest} stored tokens.")
+            raise CacheError(
+                f"cache: stored lengths {lengths.tolist()} are not all 0 to {longest}, the tokens stored; "
+                "the file is damaged, write it again."
+            )
         for b in range(self.batch):
             row = positions[b, : int(lengths[b])].astype(np.int64)
             if row.size and (row[0] < 0 or row[-1] >= self.config.max_position or (np.diff(row) <= 0).any()):
-                raise CacheError(f"cache: stored positions of sequence {b} do not increase; the file is damaged.")
+                raise CacheError(
+                    f"cache: stored positions of sequence {b} do not increase within 0 to "
+                    f"{self.config.max_position - 1}; the file is damaged, write it again."
+                )
+            for name, array in (("k", k), ("v", v)):
+                if not np.isfinite(array[b, : int(lengths[b])]).all():
+                    raise CacheError(f"cache: stored {name} of sequence {b} holds NaN or Inf; run its tokens again.")
         self.k[:, :longest] = self.xp.asarray(k)
         self.v[:, :longest] = self.xp.asarray(v)
         self._positions[:, :longest] = positions

@@ -195,7 +195,9 @@ def run(
     """Run one layer of MODEL on ACTIVATIONS (.npy, .npz or .safetensors).
 
     Activations are [tokens, hidden] or [batch, tokens, hidden]; the output, named y, has the same shape and goes to
-    --out. Without --out only a summary is printed.
+    --out. Without --out only a summary is printed. With --stages the file also holds the activations and positions,
+    unless --residual or --cache-in is given, and is then a dump that `cupy-attn verify` takes. Exit status 1 if the
+    output is not finite.
     """
     wanted = _stage_names(stages)
     if wanted and out is None:
@@ -218,7 +220,11 @@ def run(
         y, collected = y[0], {name: stage[0] for name, stage in collected.items()}
     if out is not None:
         metadata = {"made_by": "cupy-attn run", "model": str(model), "layer": str(layer), "dtype": str(attention.dtype)}
-        io.save_arrays(out, {io.OUTPUT: y, **collected}, metadata)
+        arrays = {io.OUTPUT: y, **collected}
+        if wanted and cache_in is None and not residual:
+            inputs = (x, cache.positions) if dump.batched else (x[0], cache.positions[0])
+            arrays |= dict(zip((io.HIDDEN_NAMES[0], io.POSITIONS), inputs, strict=True))
+        io.save_arrays(out, arrays, metadata)
     if cache_out is not None:
         io.save_cache(cache_out, cache)
     wide = y.astype(np.float64)
@@ -231,13 +237,15 @@ def run(
             "cached_tokens": cache.lengths.tolist(), "out": None if out is None else str(out),
             "stages": list(collected), "cache_out": None if cache_out is None else str(cache_out),
         })  # fmt: skip
-        return
-    ran = f"Layer {layer} of {model} on {batch} x {seq} tokens, {attention.dtype} on the {_device_name(attention)}"
-    click.echo(f"{ran}: rms {rms:.4g}, max |y| {largest:.4g}{'' if finite else ', NOT FINITE'}.")
-    if out is not None:
-        click.echo(f"Wrote {', '.join([io.OUTPUT, *collected])} to {out}.")
-    if cache_out is not None:
-        click.echo(f"Wrote the cache of {', '.join(map(str, cache.lengths))} tokens to {cache_out}.")
+    else:
+        ran = f"Layer {layer} of {model} on {batch} x {seq} tokens, {attention.dtype} on the {_device_name(attention)}"
+        click.echo(f"{ran}: rms {rms:.4g}, max |y| {largest:.4g}{'' if finite else ', NOT FINITE'}.")
+        if out is not None:
+            click.echo(f"Wrote {', '.join([io.OUTPUT, *collected])} to {out}.")
+        if cache_out is not None:
+            click.echo(f"Wrote the cache of {', '.join(map(str, cache.lengths))} tokens to {cache_out}.")
+    if not finite:
+        raise click.exceptions.Exit(1)
 
 
 @main.command()

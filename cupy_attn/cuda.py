@@ -30,6 +30,8 @@ def problem() -> str | None:
         import cupy
     except ImportError as error:
         return f"CuPy cannot be imported ({error}); pip install cupy-cuda12x."
+    except OSError as error:  # it makes its cache folder when imported
+        return f"CuPy cannot be imported ({error}); set CUPY_CACHE_DIR to a folder that can be written."
     try:
         if not cupy.cuda.runtime.getDeviceCount():
             return "no CUDA GPU is visible; use device='cpu' or check CUDA_VISIBLE_DEVICES."
@@ -72,7 +74,7 @@ def rms_norm(x: Any, weight: Any, eps: float, output: Any) -> Any:
     """
     import cupy
 
-    x, weight = cupy.ascontiguousarray(x), cupy.ascontiguousarray(weight)
+    x, weight = (_aligned(cupy.ascontiguousarray(a)) for a in (x, weight))
     hidden = x.shape[-1]
     macros = kernels.rms_norm_macros(x.dtype, np.dtype(output), hidden)
     y = cupy.empty(x.shape, output)
@@ -81,6 +83,11 @@ def rms_norm(x: Any, weight: Any, eps: float, output: Any) -> Any:
         threads = 32 * int(dict(macros)["WARPS"])
         kernels.kernel("rms_norm", macros)((rows,), (threads,), (x, weight, y, np.float32(eps)))
     return y
+
+
+def _aligned(x: Any) -> Any:
+    """Return x, copied if it does not start at a multiple of 16 bytes: kernels read that much at a time."""
+    return x if x.data.ptr % 16 == 0 else x.copy()
 
 
 class CudaBackend:

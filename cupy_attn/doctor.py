@@ -91,7 +91,7 @@ def _nvrtc() -> dict[str, Any]:
         build = kernels.compile_for(PROBE_ARCH, name, macros)
         seconds = time.perf_counter() - start
         version = ".".join(map(str, nvrtc.getVersion()))
-    except (CupyAttnError, ImportError, RuntimeError) as error:
+    except (CupyAttnError, ImportError, OSError, RuntimeError) as error:
         return {"usable": False, "why": str(error)}
     return {
         "usable": True, "version": version, "probe": f"{name}.cu for {PROBE_ARCH}", "compile_s": round(seconds, 3),

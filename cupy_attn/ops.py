@@ -240,6 +240,7 @@ def project_output(attention: Any, o_proj: Any, o_bias: Any = None, residual: An
     y = _linear("project_output", joined, o_proj, o_bias)
     if residual is None:
         return y
+    namespace(y, residual)
     real = _compute_dtype(y)
     return (y.astype(real, copy=False) + residual.astype(real, copy=False)).astype(y.dtype, copy=False)
 

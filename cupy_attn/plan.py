@@ -116,7 +116,9 @@ def check_cache(cache: Any, config: AttentionConfig, layer: int, dtype: np.dtype
         raise CacheError(f"cache is a {type(cache).__name__}; make one with this layer's new_cache().")
     cache.check_config(config, layer, dtype)
     if cache.batch != batch:
-        raise CacheError(f"cache: made for {cache.batch} sequences, x has {batch}; use new_cache(batch={batch}).")
+        raise CacheError(
+            f"cache: made for batch {cache.batch}, x has batch {batch}; make one with new_cache(batch={batch})."
+        )
     if cache.xp is not xp:
         raise CacheError(
             f"cache: lives in {cache.xp.__name__}, the layer computes in {xp.__name__}; "

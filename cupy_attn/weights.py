@@ -220,10 +220,9 @@ class AttentionWeights:
             return _take(tensors, f"{prefix}{name}", shape)
 
         norm_sizes = {"input_norm": config.hidden_size, "q_norm": config.head_dim, "k_norm": config.head_dim}
-        norms = {field: take(f"{_NORMS[field]}.weight", size) for field, size in norm_sizes.items()}
-        for field, weight in norms.items():
-            if not np.isfinite(weight.astype(np.float32)).all():
-                raise WeightsError(f"{prefix}{_NORMS[field]}.weight holds NaN or Inf; download the checkpoint again.")
+        norms = {
+            field: _take_norm(tensors, f"{prefix}{_NORMS[field]}.weight", size) for field, size in norm_sizes.items()
+        }
         projections = {p: take(f"self_attn.{p}_proj.weight", rows[p], columns[p]) for p in _PROJECTIONS}
         biases: dict[str, np.ndarray] = {}
         present = [p for p in _PROJECTIONS if f"{prefix}self_attn.{p}_proj.bias" in tensors]
@@ -273,7 +272,8 @@ def read_norm_stats(path: str | Path, config: AttentionConfig) -> Iterator[tuple
                 if config.num_hidden_layers is None and layer:
                     return
                 raise
-            q_norm, k_norm = (_take(checkpoint, f"{prefix}self_attn.{n}_norm.weight", (config.head_dim,)) for n in "qk")
+            names = (f"{prefix}self_attn.{n}_norm.weight" for n in "qk")
+            q_norm, k_norm = (_take_norm(checkpoint, name, config.head_dim) for name in names)
             yield layer, NormStats.of(q_norm), NormStats.of(k_norm)
             layer += 1
 
@@ -388,6 +388,13 @@ def _take(tensors: Mapping[str, Any], name: str, shape: tuple[int, ...]) -> np.n
     if tensor.dtype not in STORAGE_DTYPES.values():
         raise WeightsError(f"{name} has dtype {tensor.dtype}; convert it to one of {', '.join(STORAGE_DTYPES)}.")
     return tensor
+
+
+def _take_norm(tensors: Mapping[str, Any], name: str, size: int) -> np.ndarray:
+    weight = _take(tensors, name, (size,))
+    if not np.isfinite(weight.astype(np.float32)).all():
+        raise WeightsError(f"{name} holds NaN or Inf; download the checkpoint again.")
+    return weight
 
 
 def _concatenate(parts: list[np.ndarray]) -> np.ndarray:

@@ -138,7 +138,7 @@ def test_what_demo_says_to_try_next_works(made, tmp_path, monkeypatch):
                                                                                      "bench")]  # fmt: skip
     for command in commands:
         invoke(*command[1:])
-    assert set(read(tmp_path / "y.npz")) == {"y", "q_norm", "k_norm"}
+    assert set(read(tmp_path / "y.npz")) == {"y", "q_norm", "k_norm", "hidden_states", "positions"}
 
 
 def test_demo_in_a_folder_whose_name_needs_quotes(tmp_path):
@@ -239,9 +239,19 @@ def test_run_writes_the_stages_it_is_asked_for(small, tmp_path, suffix, batched)
     for asked, names in (("all", cli.RUN_STAGES), ("q_norm, lse", ("q_norm", "lse"))):
         invoke("run", small, tmp_path / "x.npy", "--stages", asked, "--out", out)
         arrays = read(out)
-        assert set(arrays) == {"y", *names}
+        assert set(arrays) == {"y", *names, "hidden_states", "positions"}
         for name in names:
             assert np.array_equal(arrays[name], expected[name] if batched else expected[name][0]), name
+        told = json.loads(invoke("verify", small, out, "--json").stdout)
+        assert {row["stage"] for row in told["dump"]} == {"y", *names}
+
+
+def test_a_run_that_is_not_whole_by_itself_is_no_dump(small, tmp_path):
+    out, cache = tmp_path / "y.npz", tmp_path / "c.safetensors"
+    invoke("run", small, small / "x.npy", "--stages", "q", "--out", out, "--residual", "--cache-out", cache)
+    assert set(read(out)) == {"y", "q"}
+    invoke("run", small, small / "x.npy", "--stages", "q", "--out", out, "--cache-in", cache)
+    assert set(read(out)) == {"y", "q"}
 
 
 def test_stages_that_cannot_be_written_are_refused(small, tmp_path):
@@ -315,9 +325,9 @@ def test_run_prints_one_json_object(small, tmp_path):
 def test_run_says_if_the_output_is_not_finite(small, monkeypatch):
     usual = CpuBackend.forward
     monkeypatch.setattr(CpuBackend, "forward", lambda *args: usual(*args) * np.float32(np.inf))
-    told = json.loads(invoke("run", small, small / "x.npy", "--json").stdout)
+    told = json.loads(invoke("run", small, small / "x.npy", "--json", status=1).stdout)
     assert (told["finite"], told["rms"], told["max_abs"]) == (False, None, None)
-    assert "NOT FINITE" in invoke("run", small, small / "x.npy").stdout
+    assert "NOT FINITE" in invoke("run", small, small / "x.npy", status=1).stdout
 
 
 # verify
@@ -444,11 +454,10 @@ def test_inspect_prints_one_json_object(small):
     assert len(told["layers"]) == 2
 
 
-def test_inspect_of_nan_weights_is_still_json(tmp_path):
+def test_inspect_refuses_nan_weights(tmp_path):
     config = make_config(num_hidden_layers=2)
     write_small(tmp_path, config, **{"model.layers.1.self_attn.k_norm.weight": np.full(32, np.nan, np.float32)})
-    told = json.loads(invoke("inspect", tmp_path, "--json").stdout, parse_constant=pytest.fail)
-    assert told["layers"][1]["k_norm"]["max_abs"] is None
+    refused("inspect", tmp_path, "--json", says="layers.1.self_attn.k_norm.weight holds NaN or Inf")
 
 
 def test_inspect_draws_a_png(small, tmp_path):
@@ -744,11 +753,11 @@ def test_caches_that_do_not_fit(small, tmp_path):
     refused(*go_on, "--positions", 6, says="go on from 7", where=tmp_path)
     for batch in (2, 3):
         np.save(tmp_path / "wide.npy", make_hidden(make_config(), batch, 5))
-        refused("run", small, tmp_path / "wide.npy", "--cache-in", cache, "--out", out, says="made for 1 sequences",
+        refused("run", small, tmp_path / "wide.npy", "--cache-in", cache, "--out", out, says="made for batch 1",
                 where=tmp_path)  # fmt: skip
     invoke("run", small, tmp_path / "wide.npy", "--cache-out", tmp_path / "c3.safetensors")
     np.save(tmp_path / "two.npy", make_hidden(make_config(), 2, 5))
-    refused("run", small, tmp_path / "two.npy", "--cache-in", tmp_path / "c3.safetensors", says="made for 3 sequences")
+    refused("run", small, tmp_path / "two.npy", "--cache-in", tmp_path / "c3.safetensors", says="made for batch 3")
     config = json.loads((small / "config.json").read_text()) | {"rms_norm_eps": 1e-5}
     (small / "config.json").write_text(json.dumps(config))
     refused(*go_on, says="rms_norm_eps", where=tmp_path)
