@@ -48,7 +48,7 @@ class KVCache:
         shape = (self.batch, config.num_key_value_heads, self.capacity, config.head_dim)
         self.k_heads = xp.zeros(shape, self.dtype)
         self.v_heads = xp.zeros(shape, self.dtype)
-        self._positions = np.zeros((self.batch, self.capacity), np.int32)
+        self._positions = np.zeros((self.batch, self.capacity), np.int64)
         self._lengths = np.zeros(self.batch, np.int64)
         # What the CPU backend keeps: normalised, rotated keys, of which the first counts[b] are current.
         self.rotated = np.empty((0, 0, 0, 0), np.float32)
@@ -76,7 +76,7 @@ class KVCache:
 
     @property
     def positions(self) -> np.ndarray:
-        """Absolute position of every cached token, a copy, [B, capacity] int32; rows past a length mean nothing."""
+        """Absolute position of every cached token, a copy, [B, capacity] int64; rows past a length mean nothing."""
         return self._positions.copy()
 
     @property
@@ -91,9 +91,9 @@ class KVCache:
         )
 
     def key_positions(self, batch_idx: int, new: np.ndarray | None = None) -> np.ndarray:
-        """Return the positions of one sequence's cached tokens, then those of ``new`` tokens, [T] int32."""
+        """Return the positions of one sequence's cached tokens, then those of ``new`` tokens, [T] int64."""
         cached = self._positions[batch_idx, : self._lengths[batch_idx]]
-        return cached if new is None else np.concatenate([cached, new.astype(np.int32)])
+        return cached if new is None else np.concatenate([cached, new])
 
     def next_positions(self) -> np.ndarray:
         """Return the position after each sequence's last token, [B] int64; 0 for an empty one."""
@@ -216,7 +216,11 @@ class KVCache:
         CacheError
             Shapes, dtype or lengths do not fit this cache; it is left unchanged.
         """
-        k, v, positions, lengths = (np.asarray(state[name]) for name in ("k", "v", "positions", "lengths"))
+        names = ("k", "v", "positions", "lengths")
+        missing = [name for name in names if name not in state]
+        if missing:
+            raise CacheError(f"cache: {', '.join(missing)} missing from the stored state; pass what state() returned.")
+        k, v, positions, lengths = (np.asarray(state[name]) for name in names)
         longest = k.shape[1] if k.ndim == 4 else -1
         want = (self.batch, longest, self.config.num_key_value_heads, self.config.head_dim)
         for name, array, shape in (("k", k, want), ("v", v, want), ("positions", positions, want[:2]),

@@ -176,6 +176,8 @@ class AttentionConfig:
             _positive_int("sliding_window", self.sliding_window)
         if self.num_hidden_layers is not None:
             _positive_int("num_hidden_layers", self.num_hidden_layers)
+        if self.layer_types is not None and self.model_type == "qwen3_moe":
+            raise ConfigError("layer_types is given for qwen3_moe, all of whose layers are alike; leave it out.")
         if self.layer_types is not None:
             self._check_layer_types(self.layer_types)
 

@@ -19,7 +19,7 @@ from .cache import KVCache
 from .config import AttentionConfig
 from .plan import Plan
 from .rope import rope_angles, rope_table
-from .threads import one_blas_thread, run_parallel, workers
+from .threads import run_parallel, take_turn, workers
 from .weights import AttentionWeights
 
 THREADED_ROWS = 256  # new tokens from which our own threads beat BLAS's
@@ -63,11 +63,10 @@ class CpuBackend:
 
     def forward(self, plan: Plan, cache: KVCache) -> np.ndarray:
         """Run one planned call: write K and V past the cached tokens, return y [B, S, H] in the storage dtype."""
-        if int(plan.num_tokens.sum()) < THREADED_ROWS:
-            # Too little work to wake a thread for: BLAS's own, which spin for a while, share out the products.
-            return _Run(self, plan, cache, threads=1).run()
-        with one_blas_thread():
-            return _Run(self, plan, cache, threads=workers()).run()
+        # Too little work to wake a thread for: BLAS's own, which spin for a while, then share out the products.
+        threads = workers() if int(plan.num_tokens.sum()) >= THREADED_ROWS else 1
+        with take_turn(threads):
+            return _Run(self, plan, cache, threads=threads).run()
 
     def angle_tables(self, seq_len: int) -> tuple[np.ndarray, np.ndarray, bool]:
         """Return cos and sin, float32 [>= seq_len, D/2], and whether they hold for longer sequences too."""
@@ -281,12 +280,12 @@ class _Run:
         start = 0 if self.window is None else int(np.searchsorted(k_pos, q_pos[0] - self.window, side="right"))
         # |q||k| bounds every score: where exp cannot overflow, the row maximum need not be found and subtracted.
         bounded = False
-        if shared is not None and not self.stages:
+        if shared is not None:
             largest_q = np.sqrt(np.einsum("hrd,hrd->hr", q, q).max())
             bounded = float(largest_q * shared[1][kv_heads].max()) <= LARGEST_EXPONENT
 
-        largest = np.full((num_kv, group * count, 1), LOWEST, np.float32)
-        total = np.zeros_like(largest)
+        row_max = np.full((num_kv, group * count, 1), LOWEST, np.float32)
+        total = np.zeros_like(row_max)
         out = np.zeros_like(q)
         for part in _blocks(start, stop, DECODE_KEYS if group * count <= DECODE_ROWS else ATTEND_KEYS):
             keys = self.cache.rotated[b, kv_heads, part]
@@ -300,24 +299,27 @@ class _Run:
             if hidden is not None:
                 np.copyto(by_query, np.float32(-np.inf), where=hidden)
             if bounded:
+                if self.stages:
+                    row_max = np.maximum(row_max, scores.max(axis=-1, keepdims=True))
                 np.exp(scores, out=scores)
             else:
-                block_max = np.maximum(largest, scores.max(axis=-1, keepdims=True))
+                block_max = np.maximum(row_max, scores.max(axis=-1, keepdims=True))
                 np.subtract(scores, block_max, out=scores)
                 np.maximum(scores, SMALLEST_EXPONENT, out=scores)
                 np.exp(scores, out=scores)
                 if hidden is not None:
                     np.copyto(by_query, np.float32(0), where=hidden)
-                shrink = np.exp(largest - block_max)
+                shrink = np.exp(row_max - block_max)
                 total *= shrink
                 out *= shrink
-                largest = block_max
+                row_max = block_max
             total += scores @ np.ones((part.stop - part.start, 1), np.float32)
             out += scores @ values
         out /= total
         self.q[rows, heads] = out.reshape(num_kv * group, count, dim).transpose(1, 0, 2)
         if self.stages:
-            for name, value in (("row_max", largest), ("lse", largest + np.log(total))):
+            lse = np.log(total) if bounded else row_max + np.log(total)
+            for name, value in (("row_max", row_max), ("lse", lse)):
                 self._keep(name, rows, value.reshape(num_kv * group, count).T, heads)
 
     def _hidden(self, q_pos: np.ndarray, k_pos: np.ndarray) -> np.ndarray | None:

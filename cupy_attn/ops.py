@@ -141,6 +141,8 @@ def apply_rope(x: Any, cos: Any, sin: Any) -> Any:
     Su et al. 2021, arXiv:2104.09864, in the rotate-half layout of GPT-NeoX.
     """
     xp = namespace(x)
+    if x.ndim < 3:
+        raise InputError(f"apply_rope: x is {list(x.shape)}; it must be [..., S, heads, D].")
     half = x.shape[-1] // 2
     if cos.shape != sin.shape or cos.shape[-1] != half or (cos.ndim > 1 and cos.shape[-2] != x.shape[-3]):
         raise InputError(
@@ -197,6 +199,9 @@ def gqa_attention(
     real = _compute_dtype(q)
     k_pos = xp.arange(keys) if k_positions is None else xp.asarray(k_positions)
     q_pos = xp.arange(keys - seq, keys) if q_positions is None else xp.asarray(q_positions)
+    for name, given, count in (("q_positions", q_pos, seq), ("k_positions", k_pos, keys)):
+        if given.shape not in ((count,), (batch, count)):
+            raise InputError(f"gqa_attention: {name} is {list(given.shape)}; make it [{count}] or [{batch}, {count}].")
     k_pos, q_pos = xp.broadcast_to(k_pos, (batch, keys)), xp.broadcast_to(q_pos, (batch, seq))
     visible = k_pos[:, None, :] <= q_pos[:, :, None]
     if sliding_window is not None:
@@ -241,6 +246,10 @@ def project_output(attention: Any, o_proj: Any, o_bias: Any = None, residual: An
     if residual is None:
         return y
     namespace(y, residual)
+    if residual.shape != y.shape:
+        raise InputError(
+            f"project_output: residual is {list(residual.shape)}, the output {list(y.shape)}; make them match."
+        )
     real = _compute_dtype(y)
     return (y.astype(real, copy=False) + residual.astype(real, copy=False)).astype(y.dtype, copy=False)
 

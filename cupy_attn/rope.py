@@ -121,7 +121,7 @@ def rope_angles(
     seq_len : int, optional
         See :func:`inverse_frequencies`.
     angles : {"float64", "float32"}
-        Precision of the whole computation. float64 is right to 1e-10 rad at position 1,000,000.
+        Precision of the whole computation. float64 is right to 1e-9 rad at position 1,000,000.
 
     Returns
     -------

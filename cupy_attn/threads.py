@@ -9,7 +9,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 from threadpoolctl import ThreadpoolController
 
@@ -22,10 +21,6 @@ def workers() -> int:
 @functools.cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(workers() - 1, 1), thread_name_prefix="cupy_attn")
-
-
-if hasattr(os, "register_at_fork"):  # a forked child has the pool object but not its threads
-    os.register_at_fork(after_in_child=_pool.cache_clear)
 
 
 def run_parallel(tasks: Iterable[Callable[[], None]], threads: int) -> None:
@@ -58,34 +53,33 @@ def run_parallel(tasks: Iterable[Callable[[], None]], threads: int) -> None:
             helper.result()
 
 
-_blas_lock = threading.Lock()
-_blas_users = 0
-_blas_limit: Any = None
+_turn = threading.Lock()
+
+
+@contextlib.contextmanager
+def take_turn(threads: int) -> Iterator[None]:
+    """Let one call compute at a time; with several threads of our own, keep BLAS on one, or two pools would fight.
+
+    A call uses every core anyway. And the limit is the whole process's: BLAS picks its kernels by it, so a call
+    beside this one would give other bits than alone.
+    """
+    with _turn:
+        if threads == 1:
+            yield
+            return
+        _forget_controlling_thread()
+        limit = _blas().limit(limits=1)
+        try:
+            yield
+        finally:
+            _forget_controlling_thread()
+            limit.restore_original_limits()
+            _forget_controlling_thread()
 
 
 @functools.cache
 def _blas() -> ThreadpoolController:
     return ThreadpoolController().select(user_api="blas")
-
-
-@contextlib.contextmanager
-def one_blas_thread() -> Iterator[None]:
-    """Keep BLAS on one thread a call: our own threads each run one, and two pools would fight for the cores."""
-    global _blas_users, _blas_limit
-    with _blas_lock:
-        _blas_users += 1
-        if _blas_users == 1:
-            _forget_controlling_thread()
-            _blas_limit = _blas().limit(limits=1)
-    try:
-        yield
-    finally:
-        with _blas_lock:
-            _blas_users -= 1
-            if _blas_users == 0:
-                _forget_controlling_thread()
-                _blas_limit.restore_original_limits()
-                _forget_controlling_thread()
 
 
 def _forget_controlling_thread() -> None:
@@ -94,3 +88,14 @@ def _forget_controlling_thread() -> None:
         forget = getattr(library, "clear_controlling_thread", None)
         if forget is not None:
             forget(force=True)
+
+
+def _after_fork() -> None:
+    """Start afresh in a forked child: it has the pool object but not its threads, and nobody to release the lock."""
+    global _turn
+    _turn = threading.Lock()
+    _pool.cache_clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
