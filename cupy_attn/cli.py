@@ -280,7 +280,15 @@ def verify(
     attention = _load_layer(model, layer, dtype or _natural_dtype(dump.hidden_states), device, angles)
     x = _convert(activations, dump.hidden_states, attention)
     given = _positions(positions, dump.positions, x.shape[1])
-    result = verify_layer(attention, x, positions=given, expected=dump.stages, tokens=tokens, angles=angles)
+    result = verify_layer(
+        attention,
+        x,
+        positions=given,
+        expected=dump.stages,
+        expected_dtype=_natural_dtype(dump.hidden_states),
+        tokens=tokens,
+        angles=angles,
+    )
     x = x[:, :tokens]
     if as_json:
         _echo_json(_verification_json(attention, x, result))

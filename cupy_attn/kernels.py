@@ -129,6 +129,8 @@ def compile_for(arch: str, name: str, macros: Macros) -> Build:
     from cupy.cuda import nvrtc
 
     options = [*_options(macros), f"-arch={arch}", "-ftz=true", "--ptxas-options=-v", f"-I{_cuda_headers()}"]
+    if nvrtc.getVersion() >= (12, 9):
+        options.append("--no-cache")  # NVRTC's own: on a hit there is no log, so no registers and no spills
     try:
         program = nvrtc.createProgram(_source(name), f"{name}.cu", (), ())
     except RuntimeError as error:  # CuPy loads NVRTC at the first call

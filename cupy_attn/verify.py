@@ -10,7 +10,7 @@ import numpy as np
 
 from . import reference
 from .accuracy import BARS, MAX_ERROR_BARS, StageError, check_collapse, compare_stages, max_error
-from .arrays import BFLOAT16, to_numpy
+from .arrays import BFLOAT16, storage_dtype, to_numpy
 from .config import AttentionConfig
 from .errors import InputError
 from .io import OUTPUT
@@ -41,6 +41,7 @@ def verify_layer(
     *,
     positions: np.ndarray | None = None,
     expected: Mapping[str, np.ndarray] | None = None,
+    expected_dtype: Any = None,
     tokens: int | None = None,
     angles: str = "float64",
 ) -> Verification:
@@ -55,8 +56,10 @@ def verify_layer(
     positions : ndarray [S] or [B, S], optional
         Default: 0 .. S-1.
     expected : mapping of str to ndarray, optional
-        Stages of a dump, by the names of ``reference.STAGES`` and ``y``. Its rows get the layer's bar plus twice
-        what rounding as transformers does costs in this dtype.
+        Stages of a dump, by the names of ``reference.STAGES`` and ``y``. Its rows get the bar of the
+        coarser dtype, the layer's or the dump's, plus twice what rounding as transformers does costs in it.
+    expected_dtype : str or dtype, optional
+        Storage dtype the dump was made in; default: the layer's.
     tokens : int, optional
         Use only the first tokens of each sequence, of ``positions`` and of ``expected``.
     angles : {"float64", "float32"}
@@ -91,15 +94,31 @@ def verify_layer(
 
     against_dump: list[StageError] = []
     if expected:
-        _, rounded = reference.forward(
-            layer.config, layer.weights, x, positions=positions, rounding="transformers", angles="float32"
+        dump_bars = _dump_bars(
+            layer, x, positions, stages_ref, {layer.dtype, storage_dtype(expected_dtype or layer.dtype)}
         )
-        compared = {name: value for name, value in stages_ref.items() if name in stages}
-        noise = {row.stage: row.relative_l2 for row in compare_stages(rounded, compared, bar)}
-        noise[OUTPUT] = noise["output"]
         for row in compare_stages(got, expected, bar):
-            against_dump.append(dataclasses.replace(row, bar=bar + 2 * noise[row.stage]))
+            against_dump.append(dataclasses.replace(row, bar=dump_bars[row.stage]))
     return Verification(rows, against_dump, check_collapse(stages | {"probs": stages_ref["probs"]}))
+
+
+def _dump_bars(
+    layer: Attention,
+    x: np.ndarray,
+    positions: np.ndarray | None,
+    exact: Mapping[str, np.ndarray],
+    dtypes: set[np.dtype[Any]],
+) -> dict[str, float]:
+    """Return the bar of each stage of a dump: that of the coarsest dtype, and twice what rounding in it costs."""
+    bars: dict[str, float] = {}
+    compared = {name: value for name, value in exact.items() if name not in ("scores", "probs")}
+    for dtype in dtypes:
+        _, rounded = reference.forward(
+            layer.config, layer.weights, x, positions=positions, dtype=dtype, rounding="transformers", angles="float32"
+        )
+        for row in compare_stages(rounded, compared, BARS[str(dtype)]):
+            bars[row.stage] = max(bars.get(row.stage, 0.0), row.bar + 2 * row.relative_l2)
+    return bars | {OUTPUT: bars["output"]}
 
 
 def _check_stages(

@@ -822,5 +822,11 @@ def test_a_note_says_what_a_conversion_cost(model):
     assert invoke("run", model, model / "hidden_states.npy", "--dtype", "bfloat16").stderr == ""
 
 
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32"])
+def test_a_bfloat16_dump_is_no_miss_in_another_dtype(model, dtype):
+    """Its keys were rounded to bfloat16 in the cache, the layer's are not."""
+    invoke("verify", model, model / "dump-layer0.safetensors", "--dtype", dtype)
+
+
 def test_the_demo_dump_is_bfloat16(model):
     assert read(model / "dump-layer0.safetensors")["hidden_states"].dtype == BFLOAT16
