@@ -85,20 +85,27 @@ def run_bench(
     eps, heads = config.rms_norm_eps, (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     separate: list[Timing] = []
 
-    def phase(what: str, run: Callable[[], Any]) -> Any:
+    def phase(what: str, run: Callable[[], Any]) -> tuple[Any, Timing]:
         result = run()  # also the warm-up
         separate.append(time_it(what, run))
-        return result
+        return result, separate[-1]
 
     x_in = x.astype(compute)
-    h = phase("rms_norm", lambda: ops.rms_norm(x_in, w["input_norm"], eps))
-    qkv = phase("project_qkv", lambda: ops.project_qkv(h, w["qkv_proj"], w.get("qkv_bias")))
-    q, k, v = phase("split_heads", lambda: ops.split_heads(qkv, *heads))
-    q_norm, k_norm = phase("qk_norm", lambda: ops.qk_norm(q, k, w["q_norm"], w["k_norm"], eps))
-    q_rope, k_rope = phase("apply_rope", lambda: [ops.apply_rope(a, cos, sin) for a in (q_norm, k_norm)])
-    out = phase("gqa_attention", lambda: ops.gqa_attention(q_rope, k_rope, v, sliding_window=layer.sliding_window))
-    phase("project_output", lambda: ops.project_output(out, w["o_proj"], w.get("o_bias"), x_in))
-    yield from separate
+    h, row = phase("rms_norm", lambda: ops.rms_norm(x_in, w["input_norm"], eps))
+    yield row
+    qkv, row = phase("project_qkv", lambda: ops.project_qkv(h, w["qkv_proj"], w.get("qkv_bias")))
+    yield row
+    (q, k, v), row = phase("split_heads", lambda: ops.split_heads(qkv, *heads))
+    yield row
+    (q_norm, k_norm), row = phase("qk_norm", lambda: ops.qk_norm(q, k, w["q_norm"], w["k_norm"], eps))
+    yield row
+    (q_rope, k_rope), row = phase("apply_rope", lambda: [ops.apply_rope(a, cos, sin) for a in (q_norm, k_norm)])
+    yield row
+    window = layer.sliding_window
+    out, row = phase("gqa_attention", lambda: ops.gqa_attention(q_rope, k_rope, v, sliding_window=window))
+    yield row
+    _, row = phase("project_output", lambda: ops.project_output(out, w["o_proj"], w.get("o_bias"), x_in))
+    yield row
     yield Timing("phases together", sum(r.median_us for r in separate), sum(r.min_us for r in separate), repeats)
 
     layer(x, residual=x)

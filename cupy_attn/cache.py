@@ -81,7 +81,7 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the K and V storage."""
+        """Bytes of the K and V storage; the CPU backend keeps rotated keys beside it, in float32."""
         return int(self.k_heads.nbytes + self.v_heads.nbytes)
 
     def __repr__(self) -> str:
@@ -157,7 +157,10 @@ class KVCache:
         InputError
             A length is negative or larger than what is held; nothing is forgotten.
         """
-        wanted = np.asarray(to_numpy(lengths))
+        try:
+            wanted = np.asarray(to_numpy(lengths))
+        except ValueError as error:  # rows of unlike lengths
+            raise InputError(f"lengths is no list of integers ({error}); give one or {self.batch}.") from None
         if wanted.dtype.kind not in "iu" or wanted.shape not in ((), (self.batch,)):
             raise InputError(
                 f"lengths has shape {wanted.shape} and dtype {wanted.dtype}; give one integer or {self.batch} of them."
@@ -202,8 +205,8 @@ class KVCache:
         longest = int(self._lengths.max())
         held = np.arange(longest)[None, :] < self._lengths[:, None]
         out = {"lengths": self._lengths.copy(), "positions": np.where(held, self._positions[:, :longest], 0)}
-        for name, array in (("k", self.k), ("v", self.v)):
-            rows = np.ascontiguousarray(to_numpy(array[:, :longest]))
+        for name, heads in (("k", self.k_heads), ("v", self.v_heads)):
+            rows = np.ascontiguousarray(to_numpy(heads[:, :, :longest]).transpose(0, 2, 1, 3))
             rows[~held] = 0
             out[name] = rows
         return out
@@ -236,6 +239,10 @@ class KVCache:
                 )
         if longest > self.capacity:
             raise CacheError(f"cache: {longest} stored tokens exceed capacity {self.capacity}; make a larger one.")
+        if positions.dtype.kind not in "iu" or lengths.dtype.kind not in "iu":
+            raise CacheError(
+                f"cache: stored lengths are {lengths.dtype} and positions {positions.dtype}; give integers."
+            )
         if lengths.size and (int(lengths.min()) < 0 or int(lengths.max()) > longest):
             raise CacheError(
                 f"cache: stored lengths {lengths.tolist()} are not all 0 to {longest}, the tokens stored; "

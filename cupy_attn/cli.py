@@ -19,7 +19,7 @@ import numpy as np
 
 from . import __version__, cuda, io
 from . import demo as demo_model
-from .arrays import STORAGE_DTYPES, storage_dtype, to_numpy
+from .arrays import STORAGE_DTYPES, to_numpy
 from .bench import MODELS, Timing, model_config, run_bench
 from .cache import KVCache
 from .config import AttentionConfig
@@ -46,7 +46,7 @@ class _Cli(click.Group):
         except CupyAttnError as error:
             raise click.ClickException(str(error)) from None
         except MemoryError as error:
-            raise click.ClickException(f"out of memory ({error}); use fewer tokens or a smaller --capacity.") from None
+            raise click.ClickException(f"out of memory ({error}); use fewer tokens or a smaller batch.") from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read the output has left; click ends quietly
                 raise
@@ -280,6 +280,8 @@ def verify(
     attention = _load_layer(model, layer, dtype or _natural_dtype(dump.hidden_states), device, angles)
     x = _convert(activations, dump.hidden_states, attention)
     given = _positions(positions, dump.positions, x.shape[1])
+    if sys.stderr.isatty() and not as_json:
+        click.echo("  computing the float64 reference ...", err=True)
     result = verify_layer(
         attention,
         x,
@@ -417,7 +419,7 @@ def _load_layer(model: Path, layer: int, dtype: str, device: str, angles: str) -
     weights = AttentionWeights.from_pretrained(model, layer, config=config)
     attention = Attention(config, weights, dtype, device, angles=angles)
     lost = attention.weights.losses
-    if lost and storage_dtype(dtype).itemsize == 2 and weights.dtype != np.float32:
+    if lost and (weights.dtype != np.float32 or any(loss.zeroed for loss in lost.values())):
         zeroed = sum(loss.zeroed for loss in lost.values())
         worst = max(lost.items(), key=lambda item: item[1].relative)
         click.echo(f"Note: converting {weights.dtype} to {dtype} set {zeroed} values to zero and moved {worst[0]} the "

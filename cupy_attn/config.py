@@ -30,6 +30,15 @@ _ROPE_KEYS = {
 }  # fmt: skip
 
 
+# (key, value without effect, cure): keys of other models that would change the attention.
+_REFUSED = (
+    ("quantization_config", None, "dequantise the checkpoint and drop the key"),
+    ("dual_chunk_attention_config", None, "use the model's plain config.json"),
+    ("attn_output_gate", False, "take a Qwen3 model"),
+    ("use_qk_norm", True, "take a Qwen3 model"),
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeConfig:
     """Parameters of one RoPE kind, spelled as in ``config.json``.
@@ -60,7 +69,9 @@ class RopeConfig:
             )
         _positive("rope_theta", self.rope_theta)
         if self.rope_theta <= 1:
-            raise ConfigError(f"rope_theta is {self.rope_theta}; it must be greater than 1 (Qwen3 has 1000000).")
+            raise ConfigError(
+                f"rope_theta is {self.rope_theta}; it must be greater than 1, and is a million or more in Qwen3."
+            )
         _positive("rope factor", self.factor)
         if self.factor < 1:
             raise ConfigError(f"rope factor is {self.factor}; it stretches the context, so it must be at least 1.")
@@ -287,6 +298,11 @@ class AttentionConfig:
         ConfigError
             A value is missing, unknown or contradictory.
         """
+        if not isinstance(config, Mapping):
+            raise ConfigError(f"the config is a {type(config).__name__}; pass the parsed config.json, a dict.")
+        for key, harmless, cure in _REFUSED:
+            if config.get(key, harmless) != harmless:
+                raise ConfigError(f"{key} is {config[key]!r}, which this package does not run; {cure}.")
         hidden_size = _positive_int("hidden_size", _required(config, "hidden_size"))
         heads = _positive_int("num_attention_heads", _required(config, "num_attention_heads"))
         kv_heads = _required(config, "num_key_value_heads", none_means=heads)
@@ -357,6 +373,8 @@ def _sliding(config: Mapping[str, Any]) -> tuple[int | None, tuple[str, ...] | N
     if layer_types is not None:
         if not isinstance(layer_types, list | tuple):
             raise ConfigError(f"layer_types is {layer_types!r}; it must be a list with one name for each layer.")
+        if not layer_types:
+            raise ConfigError("layer_types is empty; give one name for each layer, or null.")
         return window, tuple(layer_types), num_layers
     if window is None:
         return None, None, num_layers
@@ -407,9 +425,14 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> RopeConfig:
         )
     rope = {key: value for key, value in merged.items() if key in _ROPE_KEYS}
     if "rope_theta" not in rope:
-        raise ConfigError("rope_theta is absent; add it to the config (every published Qwen3 has 1000000).")
+        raise ConfigError("rope_theta is absent; take it from the model's published config.json.")
     kind = rope.get("rope_type", "default")
     if kind == "default":  # what the other keys say has no effect there
+        if rope.get("factor", 1) != 1:
+            raise ConfigError(
+                f"rope has factor {rope['factor']} but rope_type is {rope.get('rope_type', 'absent')}; name the kind "
+                f"that stretches ({', '.join(ROPE_TYPES[1:])}) or drop the factor."
+            )
         return RopeConfig(rope_theta=rope["rope_theta"])
     if kind == "yarn":
         rope.setdefault("original_max_position_embeddings", max_positions)

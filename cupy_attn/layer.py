@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from . import cuda
-from .arrays import STORAGE_DTYPES, as_array, is_cupy, storage_dtype
+from .arrays import STORAGE_DTYPES, as_array, is_cupy, namespace, storage_dtype
 from .cache import KVCache
 from .config import AttentionConfig
 from .cpu import CpuBackend
@@ -122,7 +122,7 @@ class Attention:
             B, sequences decoded together.
         capacity : int, optional
             Most tokens a sequence can hold; default ``config.max_position``. Costs
-            ``2 * batch * capacity * Hkv * D`` elements.
+            ``2 * batch * capacity * Hkv * D`` elements, and on the CPU half as many in float32 for rotated keys.
         """
         if capacity is None:
             capacity = self.config.max_position
@@ -145,6 +145,7 @@ class Attention:
         ----------
         x : array [B, S, H]
             Hidden states entering the layer, of the layer's dtype; NumPy, CuPy, or anything with ``__dlpack__``.
+            NaN and Inf are not looked for; they spread as in any array code.
         cache : KVCache, optional
             From :meth:`new_cache`. Without one the tokens see only each other.
         positions : array_like of int [S] or [B, S], optional
@@ -253,6 +254,19 @@ def forward(
     if dtype is None and str(x.dtype) not in STORAGE_DTYPES:
         raise InputError(f"hidden_states is {x.dtype}; convert it to one of {', '.join(STORAGE_DTYPES)}.")
     target = storage_dtype(x.dtype if dtype is None else dtype)
+    x = _converted("hidden_states", x, target)
+    residual = None if residual is None else _converted("residual", as_array("residual", residual), target)
     attention = Attention(config_params, weights, target, device, layer=layer, angles=angles)
-    x = x.astype(target, copy=False)
     return attention(x, cache, positions=positions, residual=residual, out=out, stages=stages, num_tokens=num_tokens)
+
+
+def _converted(name: str, x: Any, target: np.dtype[Any]) -> Any:
+    """Return x in another dtype; values that are finite must stay so."""
+    if x.dtype == target:
+        return x
+    xp = namespace(x)
+    with np.errstate(over="ignore"):
+        converted = x.astype(target)
+    if bool((xp.isfinite(x.astype(np.float64)) & ~xp.isfinite(converted.astype(np.float64))).any()):
+        raise InputError(f"{name} holds values too large for {target}; use dtype bfloat16 or float32.")
+    return converted

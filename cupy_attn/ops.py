@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import namespace
+from .arrays import STORAGE_DTYPES, as_array, namespace
 from .errors import InputError
 
 
@@ -42,6 +42,7 @@ def rms_norm(x: Any, weight: Any, eps: float = 1e-6) -> Any:
     -----
     Zhang and Sennrich 2019, arXiv:1910.07467.
     """
+    x, weight = _floats("rms_norm", x=x, weight=weight)
     xp = namespace(x, weight)
     if weight.ndim != 1 or x.ndim < 1 or x.shape[-1] != weight.shape[0]:
         raise InputError(
@@ -88,6 +89,7 @@ def split_heads(qkv: Any, num_attention_heads: int, num_key_value_heads: int, he
     q, k, v : arrays [..., Hq, D], [..., Hkv, D], [..., Hkv, D]
         Views of qkv.
     """
+    (qkv,) = _floats("split_heads", qkv=qkv)
     total = num_attention_heads + 2 * num_key_value_heads
     if qkv.shape[-1] != total * head_dim:
         raise InputError(
@@ -140,6 +142,7 @@ def apply_rope(x: Any, cos: Any, sin: Any) -> Any:
     -----
     Su et al. 2021, arXiv:2104.09864, in the rotate-half layout of GPT-NeoX.
     """
+    x, cos, sin = _floats("apply_rope", x=x, cos=cos, sin=sin)
     xp = namespace(x)
     if x.ndim < 3:
         raise InputError(f"apply_rope: x is {list(x.shape)}; it must be [..., S, heads, D].")
@@ -188,6 +191,7 @@ def gqa_attention(
     array [B, S, Hq, D]
         Of q's dtype. A query that sees no key gets zeros.
     """
+    q, k, v = _floats("gqa_attention", q=q, k=k, v=v)
     xp = namespace(q, k, v)
     batch, seq, heads, dim = q.shape
     keys, kv_heads = k.shape[1], k.shape[2]
@@ -241,10 +245,12 @@ def project_output(attention: Any, o_proj: Any, o_bias: Any = None, residual: An
     array [..., H]
         Of attention's dtype.
     """
+    (attention,) = _floats("project_output", attention=attention)
     joined = attention.reshape(*attention.shape[:-2], -1)
     y = _linear("project_output", joined, o_proj, o_bias)
     if residual is None:
         return y
+    (residual,) = _floats("project_output", residual=residual)
     namespace(y, residual)
     if residual.shape != y.shape:
         raise InputError(
@@ -255,6 +261,8 @@ def project_output(attention: Any, o_proj: Any, o_bias: Any = None, residual: An
 
 
 def _linear(name: str, x: Any, weight: Any, bias: Any) -> Any:
+    x, weight = _floats(name, x=x, weight=weight)
+    bias = None if bias is None else _floats(name, bias=bias)[0]
     xp = namespace(x, weight, bias)
     if weight.ndim != 2 or x.shape[-1] != weight.shape[1] or (bias is not None and bias.shape != weight.shape[:1]):
         got = f"x is {list(x.shape)}, the weight {list(weight.shape)}"
@@ -267,6 +275,15 @@ def _linear(name: str, x: Any, weight: Any, bias: Any) -> Any:
     if bias is not None:
         y = y.astype(real, copy=False) + bias.astype(real, copy=False)
     return y.astype(x.dtype, copy=False)
+
+
+def _floats(where: str, **arrays: Any) -> list[Any]:
+    """Return the arguments as NumPy or CuPy arrays (DLPack objects are viewed) after checking that they are floats."""
+    out = [as_array(f"{where}: {name}", value) for name, value in arrays.items()]
+    for name, array in zip(arrays, out, strict=True):
+        if array.dtype not in (*STORAGE_DTYPES.values(), np.dtype(np.float64)):
+            raise InputError(f"{where}: {name} is {array.dtype}; convert it to a float dtype.")
+    return out
 
 
 def _compute_dtype(x: Any) -> type[np.floating[Any]]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .arrays import as_array, is_cupy, to_numpy
+from .arrays import STORAGE_DTYPES, as_array, is_cupy, to_numpy
 from .cache import KVCache
 from .config import AttentionConfig
 from .errors import CacheError, InputError
@@ -52,10 +52,8 @@ def check_hidden(name: str, x: Any, dtype: np.dtype[Any], shape: tuple[int | Non
     if array.size == 0:
         raise InputError(f"{name} has shape {list(array.shape)} and holds no token; pass at least one.")
     if array.dtype != dtype:
-        raise InputError(
-            f"{name} is {array.dtype}, the layer is {dtype}; convert it with astype or make the layer with "
-            f"dtype={str(array.dtype)!r}."
-        )
+        other = f" or make the layer with dtype={str(array.dtype)!r}" if array.dtype in STORAGE_DTYPES.values() else ""
+        raise InputError(f"{name} is {array.dtype}, the layer is {dtype}; convert it with astype{other}.")
     return array
 
 
@@ -93,7 +91,11 @@ def check_positions(
             i = int(bad[0])
             raise InputError(
                 f"token {i} of sequence {b} is at position {row[i]}, the model's positions are 0 to {limit - 1}; "
-                "shorten the input, or raise max_position_embeddings in the config if you mean it."
+                + (
+                    "count positions from 0."
+                    if row[i] < 0
+                    else "shorten the input, or raise max_position_embeddings in the config if you mean it."
+                )
             )
         falls = np.flatnonzero(np.diff(row) <= 0)
         if falls.size:
@@ -138,8 +140,10 @@ def check_out(out: Any, x: Any, dtype: np.dtype[Any]) -> Any:
 
 
 def _integers(name: str, values: Any) -> np.ndarray:
-    array = values if isinstance(values, list | tuple) else to_numpy(as_array(name, values))
-    array = np.asarray(array)
+    try:
+        array = np.asarray(values if isinstance(values, list | tuple | range) else to_numpy(as_array(name, values)))
+    except ValueError as error:  # rows of unlike lengths
+        raise InputError(f"{name} is not a rectangle of integers ({error}); give rows of one length.") from None
     if array.dtype.kind not in "iu":
         raise InputError(f"{name} has dtype {array.dtype}; give integers.")
     return array.astype(np.int64)

@@ -77,7 +77,8 @@ class AttentionWeights:
     qkv_bias, o_bias : ndarray [(Hq + 2 Hkv) D], [H], or None
         Biases, if the config has them.
     losses : dict of str to ConversionLoss
-        What :meth:`astype` lost, by tensor; empty if nothing was converted or nothing changed.
+        What :meth:`astype` lost, by tensor (``q_proj``, ``k_proj`` and so on); empty if nothing was converted or
+        nothing changed.
     """
 
     layer: int
@@ -147,10 +148,19 @@ class AttentionWeights:
         target = storage_dtype(dtype)
         tensors: dict[str, Any] = {}
         losses = dict(self.losses)
+        q_rows = self.o_proj.shape[1]
+        cuts = [q_rows, (q_rows + len(self.qkv_proj)) // 2]
         for name, tensor in self.tensors().items():
-            tensors[name], loss = _convert(f"layer {self.layer} {name}", tensor, target)
-            if loss is not None:
-                losses[name] = loss
+            # q, k and v one by one: what is lost of a small one must not hide behind a large one.
+            fused = name.startswith("qkv")
+            parts = {f"{p}{name[3:]}": t for p, t in zip("qkv", np.split(tensor, cuts), strict=True)} if fused else {}
+            converted = []
+            for part_name, part in (parts or {name: tensor}).items():
+                result, loss = _convert(f"layer {self.layer} {part_name}", part, target)
+                converted.append(result)
+                if loss is not None:
+                    losses[part_name] = loss
+            tensors[name] = np.concatenate(converted) if fused else converted[0]
         return dataclasses.replace(self, **tensors, losses=losses)
 
     @classmethod

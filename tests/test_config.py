@@ -179,7 +179,7 @@ def test_layer_index_is_checked():
 
 
 def test_keys_that_do_not_concern_attention_are_ignored():
-    noise = {"vocab_size": 1, "torch_dtype": "bfloat16", "_name_or_path": "x", "quantization_config": {"bits": 4}}
+    noise = {"vocab_size": 1, "torch_dtype": "bfloat16", "_name_or_path": "x", "hidden_act": "silu"}
     assert ca.AttentionConfig.from_dict(BASE | noise) == ca.AttentionConfig.from_dict(BASE)
 
 
@@ -198,6 +198,11 @@ ON = {"use_sliding_window": True, "sliding_window": 64}
     ("change", "words"),
     [
         ({"hidden_size": ...}, "hidden_size is absent"),
+        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which this package does not run; dequantise"),
+        ({"attn_output_gate": True}, "attn_output_gate is True"),
+        ({"use_qk_norm": False}, "use_qk_norm is False"),
+        ({"layer_types": []}, "layer_types is empty"),
+        ({"rope_scaling": {"factor": 4.0}}, "rope has factor 4.0 but rope_type is absent"),
         ({"hidden_size": 0}, "hidden_size is 0; it must be an integer of at least 1"),
         ({"hidden_size": 96.0}, "hidden_size is 96.0"),
         ({"hidden_size": True}, "hidden_size is True"),

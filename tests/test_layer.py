@@ -10,6 +10,8 @@ import ml_dtypes
 import numpy as np
 import pytest
 from conftest import K_NORM_MAXIMA, make_config, make_hidden, make_weights
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from threadpoolctl import threadpool_info, threadpool_limits
 
 import cupy_attn as ca
@@ -718,6 +720,29 @@ def test_blas_has_its_threads_back_after_a_failure(monkeypatch):
         make_layer()(make_hidden(CONFIG, 2, 20))
     assert during[0] == [1] * len(before)
     assert blas_threads() == before
+
+
+# Shapes nobody thought of.
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    group=st.sampled_from([1, 2, 3, 5, 8]), kv_heads=st.integers(1, 3), half_dim=st.integers(1, 12),
+    hidden=st.integers(1, 40), past=st.integers(0, 20), seq=st.integers(1, 20),
+    window=st.sampled_from([None, 1, 3, 50]), bias=st.booleans(), seed=st.integers(0, 99),
+)  # fmt: skip
+def test_any_shape_is_right(group, kv_heads, half_dim, hidden, past, seq, window, bias, seed):
+    config = make_config(
+        hidden_size=hidden, num_attention_heads=group * kv_heads, num_key_value_heads=kv_heads, head_dim=2 * half_dim,
+        attention_bias=bias, use_sliding_window=window is not None, sliding_window=window, max_window_layers=0,
+    )  # fmt: skip
+    layer = make_layer(config=config, k_norm_max=20.0, seed=seed)
+    x = make_hidden(config, 2, past + seq, seed=seed)
+    cache = layer.new_cache(2, past + seq)
+    if past:
+        layer(x[:, :past], cache)
+    expected, _ = reference.forward(config, layer.weights, x)
+    assert relative_l2(layer(x[:, past:], cache), expected[:, past:]) < BARS["float32"]
 
 
 # Refusals: what, in which words, and nothing written.

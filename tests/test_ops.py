@@ -264,6 +264,7 @@ def test_chained_phases_for_any_shape(group, kv_heads, head_dim, hidden_size, se
         (lambda z: ca.project_output(z(2, 4, 8), z(24, 31)), "project_output: x is [2, 32], the weight [24, 31]"),
         (lambda z: ca.project_output(z(2, 4, 8), z(24, 32), z(23)), "the bias [23]"),
         (lambda z: ca.project_output(z(2, 4, 8), z(24, 32), None, z(3, 2, 24)), "residual is [3, 2, 24]"),
+        (lambda z: ca.rms_norm(z(2, 8).astype(np.int32), z(8)), "rms_norm: x is int32; convert it to a float dtype"),
         (lambda z: ca.apply_rope(z(2, 8), z(2, 4), z(2, 4)), "x is [2, 8]; it must be [..., S, heads, D]"),
         (lambda z: ca.gqa_attention(z(1, 2, 4, 8), z(1, 5, 2, 8), z(1, 5, 2, 8), k_positions=np.arange(4)),
          "k_positions is [4]; make it [5] or [1, 5]"),
@@ -273,3 +274,14 @@ def test_shapes_that_do_not_fit_are_refused(call, words):
     with pytest.raises(ca.InputError) as caught:
         call(lambda *shape: np.ones(shape, np.float32))
     assert words in str(caught.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_phases_take_torch_tensors(dtype):
+    torch = pytest.importorskip("torch")
+    x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0)).to(getattr(torch, dtype))
+    weight = torch.ones(8).to(x.dtype)
+    got = ca.rms_norm(x, weight)
+    want = ca.rms_norm(x.float().numpy(), np.ones(8, np.float32))
+    assert str(got.dtype) == dtype
+    assert relative_l2(got, want) < (1e-6 if dtype == "float32" else 4e-3)

@@ -158,6 +158,28 @@ def test_weights_from_torch_tensors(dtype):
 # Conversions.
 
 
+def named_parts(weights, config) -> dict[str, np.ndarray]:
+    """Return the tensors by the names losses go by: q, k and v apart."""
+    parts = {}
+    for name, tensor in weights.tensors().items():
+        if name.startswith("qkv"):
+            cuts = np.split(tensor, [config.q_size, config.q_size + config.kv_size])
+            parts |= {f"{p}{name[3:]}": part for p, part in zip("qkv", cuts, strict=True)}
+        else:
+            parts[name] = tensor
+    return parts
+
+
+def test_a_small_projection_that_is_lost_does_not_hide_behind_a_large_one():
+    config = make_config()
+    tensors = make_weights(config).to_dict(config, prefix="")
+    tensors["self_attn.q_proj.weight"] *= np.float32(1e-8)
+    weights = ca.AttentionWeights.from_dict(tensors, config)
+    with pytest.warns(ca.PrecisionWarning, match=r"q_proj: .* set \d+ of \d+ values to zero"):
+        converted = weights.astype("float16")
+    assert converted.losses["q_proj"].relative > 0.9
+
+
 @pytest.mark.parametrize("source", DTYPES)
 @pytest.mark.parametrize("target", DTYPES)
 def test_conversions_of_ordinary_weights_do_not_warn(source, target):
@@ -167,9 +189,10 @@ def test_conversions_of_ordinary_weights_do_not_warn(source, target):
     converted = weights.astype(target)
     assert {t.dtype for t in converted.tensors().values()} == {np.dtype(DTYPES[target])}
     fewer_bits = (source, target) in {("float32", "float16"), ("float32", "bfloat16"), ("float16", "bfloat16")}
-    assert ("qkv_proj" in converted.losses) == fewer_bits
+    assert ({"q_proj", "k_proj", "v_proj", "o_proj"} <= set(converted.losses)) == fewer_bits
+    before, after = (named_parts(w, config) for w in (weights, converted))
     for name, loss in converted.losses.items():
-        change = np.abs(converted.tensors()[name].astype(np.float64) - weights.tensors()[name].astype(np.float64))
+        change = np.abs(after[name].astype(np.float64) - before[name].astype(np.float64))
         assert loss.size == change.size
         assert loss.rounded == np.count_nonzero(change)
         assert loss.max_abs == pytest.approx(change.max(), rel=1e-6)
@@ -208,7 +231,7 @@ def test_values_too_large_for_float16_are_refused():
     tensors["self_attn.k_proj.weight"][3, 5] = -7e4
     tensors["self_attn.k_proj.weight"][4, 5] = 1e5
     weights = ca.AttentionWeights.from_dict(tensors, config)
-    with pytest.raises(ca.WeightsError, match=r"qkv_proj: 2 of \d+ values do not fit float16.*100000"):
+    with pytest.raises(ca.WeightsError, match=r"k_proj: 2 of \d+ values do not fit float16.*100000"):
         weights.astype("float16")
     assert weights.astype("bfloat16").dtype == BFLOAT16
     with pytest.raises(ca.WeightsError, match="use dtype bfloat16 or float32"):
