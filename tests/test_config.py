@@ -198,7 +198,7 @@ ON = {"use_sliding_window": True, "sliding_window": 64}
     ("change", "words"),
     [
         ({"hidden_size": ...}, "hidden_size is absent"),
-        ({"quantization_config": {"bits": 4}}, "quantization_config is {'bits': 4}, which this package does not run; dequantise"),
+        ({"quantization_config": {"bits": 4}}, "{'bits': 4}, which this package does not run; dequantise"),
         ({"attn_output_gate": True}, "attn_output_gate is True"),
         ({"use_qk_norm": False}, "use_qk_norm is False"),
         ({"layer_types": []}, "layer_types is empty"),

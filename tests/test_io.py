@@ -511,7 +511,7 @@ except io.FileError as error:
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_a_disk_that_is_really_full_leaves_the_old_file(tmp_path, suffix):
+def test_a_write_the_system_cuts_short_leaves_the_old_file(tmp_path, suffix):
     path = tmp_path / f"out{suffix}"
     path.write_bytes(b"old")
     done = subprocess.run([sys.executable, "-c", FULL_DISK, str(path)], capture_output=True, text=True, check=True)
