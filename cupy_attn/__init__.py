@@ -3,7 +3,6 @@
 from .accuracy import check_collapse, max_error, relative_l2
 from .cache import KVCache
 from .config import AttentionConfig, RopeConfig
-from .cuda import build_at_import as _build_at_import
 from .errors import (
     CacheError,
     ConfigError,
@@ -15,11 +14,13 @@ from .errors import (
     InputError,
     KernelBuildError,
     PrecisionWarning,
+    SlowPathWarning,
     WeightsError,
 )
 from .layer import Attention, forward
 from .ops import apply_rope, gqa_attention, project_output, project_qkv, qk_norm, rms_norm, split_heads
 from .rope import inverse_frequencies, rope_angles
+from .warmup import build_at_import as _build_at_import
 from .weights import AttentionWeights, NormStats
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ __all__ = [
     "NormStats",
     "PrecisionWarning",
     "RopeConfig",
+    "SlowPathWarning",
     "WeightsError",
     "apply_rope",
     "check_collapse",

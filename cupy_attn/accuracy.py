@@ -13,12 +13,8 @@ from .arrays import to_numpy
 BARS = {"float16": 1e-3, "bfloat16": 3e-3, "float32": 1e-5}
 """Largest relative L2 error of the layer against the float64 reference, by storage dtype (docs/numerics.md)."""
 
-MAX_ERROR_BARS = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 3e-5}
-"""Largest |error| over largest |y|, by storage dtype.
-
-bfloat16: half a unit in the last place of the largest element is 4e-3 of it. float32: one row with scores of several
-hundred, of which half a unit in the last place is 1.5e-5, decides this figure, not the sum over all rows.
-"""
+MAX_ERROR_BARS = {"float16": 1e-3, "bfloat16": 1e-2, "float32": 1e-5}
+"""Largest |error| over largest |y|, by storage dtype; half a unit in the last place of bfloat16 alone is 4e-3."""
 
 
 def relative_l2(actual: Any, expected: Any) -> float:

@@ -50,6 +50,11 @@ class KVCache:
         self.v_heads = xp.zeros(shape, self.dtype)
         self._positions = np.zeros((self.batch, self.capacity), np.int64)
         self._lengths = np.zeros(self.batch, np.int64)
+        if xp is not np:  # what kernels read and advance; the host's copy is behind once a graph has been replayed
+            self.device_lengths = xp.zeros(self.batch, np.int32)
+            self.device_positions = xp.zeros((self.batch, self.capacity), np.int32)
+            self.device_fault = xp.zeros(1, np.int32)
+        self._captured = False
         # What the CPU backend keeps: normalised, rotated keys, of which the first counts[b] are current.
         self.rotated = np.empty((0, 0, 0, 0), np.float32)
         self.rotated_counts = np.zeros(self.batch, np.int64)
@@ -71,12 +76,14 @@ class KVCache:
 
     @property
     def lengths(self) -> np.ndarray:
-        """Tokens held for each sequence, a copy, [B] int64."""
+        """Tokens held for each sequence, a copy, [B] int64; waits for the GPU if a graph may have appended some."""
+        self.refresh()
         return self._lengths.copy()
 
     @property
     def positions(self) -> np.ndarray:
         """Absolute position of every cached token, a copy, [B, capacity] int64; rows past a length mean nothing."""
+        self.refresh()
         return self._positions.copy()
 
     @property
@@ -89,6 +96,45 @@ class KVCache:
             f"KVCache(layer={self.layer}, batch={self.batch}, capacity={self.capacity}, dtype={self.dtype}, "
             f"lengths={self._lengths.tolist()})"
         )
+
+    def mark_captured(self) -> None:
+        """Note that a CUDA graph holds a call on this cache: from now on only the GPU knows how many tokens it has."""
+        self._captured = True
+
+    def refresh(self) -> None:
+        """Bring the host's lengths and positions up to date with the GPU's, where a graph may have changed them.
+
+        Raises
+        ------
+        CacheError
+            A replay would have run past the capacity or the model's positions; it appended nothing and returned NaN.
+        """
+        if not self._captured or self.xp.cuda.get_current_stream().is_capturing():
+            return
+        self.xp.cuda.Device().synchronize()  # replays may be on any stream
+        self._lengths = self.device_lengths.get().astype(np.int64)
+        self._positions = self.device_positions.get().astype(np.int64)
+        if int(self.device_fault.get()[0]):
+            self.device_fault.fill(0)
+            raise CacheError(
+                f"cache: a replayed graph ran past capacity {self.capacity} or position "
+                f"{self.config.max_position - 1}; nothing was appended beyond lengths {self._lengths.tolist()} and the "
+                "outputs of those steps are NaN, make a larger cache."
+            )
+
+    def advance_device(self, positions: np.ndarray, num_tokens: np.ndarray) -> None:
+        """Count new tokens on the GPU, for a backend whose operations do not: as :meth:`commit` does on the host."""
+        for b in range(self.batch):
+            start, new = int(self._lengths[b]), int(num_tokens[b])
+            self.device_positions[b, start : start + new] = self.xp.asarray(positions[b, :new].astype(np.int32))
+        self.device_lengths += self.xp.asarray(num_tokens.astype(np.int32))
+
+    def _upload(self) -> None:
+        """Give the GPU the host's lengths and positions."""
+        if self.xp is not np:
+            self.device_lengths[...] = self.xp.asarray(self._lengths.astype(np.int32))
+            longest = int(self._lengths.max())
+            self.device_positions[:, :longest] = self.xp.asarray(self._positions[:, :longest].astype(np.int32))
 
     def key_positions(self, batch_idx: int, new: np.ndarray | None = None) -> np.ndarray:
         """Return the positions of one sequence's cached tokens, then those of ``new`` tokens, [T] int64."""
@@ -157,15 +203,8 @@ class KVCache:
         InputError
             A length is negative or larger than what is held; nothing is forgotten.
         """
-        try:
-            wanted = np.asarray(to_numpy(lengths))
-        except ValueError as error:  # rows of unlike lengths
-            raise InputError(f"lengths is no list of integers ({error}); give one or {self.batch}.") from None
-        if wanted.dtype.kind not in "iu" or wanted.shape not in ((), (self.batch,)):
-            raise InputError(
-                f"lengths has shape {wanted.shape} and dtype {wanted.dtype}; give one integer or {self.batch} of them."
-            )
-        wanted = np.broadcast_to(wanted, (self.batch,)).astype(np.int64)
+        self.refresh()
+        wanted = self._checked_lengths(lengths)
         bad = np.flatnonzero((wanted < 0) | (wanted > self._lengths))
         if bad.size:
             b = int(bad[0])
@@ -174,10 +213,48 @@ class KVCache:
                 f"give 0 to {self._lengths[b]}."
             )
         self._lengths = wanted.copy()
+        self._upload()
+
+    def _checked_lengths(self, lengths: Any) -> np.ndarray:
+        """Return lengths, or one for all, as [B] int64."""
+        try:
+            wanted = np.asarray(to_numpy(lengths))
+        except ValueError as error:  # rows of unlike lengths
+            raise InputError(f"lengths is no list of integers ({error}); give one or {self.batch}.") from None
+        if wanted.dtype.kind not in "iu" or wanted.shape not in ((), (self.batch,)):
+            raise InputError(
+                f"lengths has shape {wanted.shape} and dtype {wanted.dtype}; give one integer or {self.batch} of them."
+            )
+        return np.broadcast_to(wanted, (self.batch,)).astype(np.int64)
 
     def reset(self) -> None:
         """Forget every token."""
-        self._lengths[:] = 0
+        if self.xp is not np:
+            self.device_fault.fill(0)
+        self._lengths = np.zeros(self.batch, np.int64)
+        self._upload()
+
+    def assume(self, lengths: Any) -> None:
+        """Declare that each sequence holds so many tokens, at positions 0, 1, ...: after writing ``k`` and ``v``.
+
+        Parameters
+        ----------
+        lengths : int or array_like [B] of int
+            Tokens; at most the capacity and the model's positions.
+
+        Raises
+        ------
+        InputError
+            A length is negative or too large; nothing is changed.
+        """
+        wanted = self._checked_lengths(lengths)
+        limit = min(self.capacity, self.config.max_position)
+        if wanted.min() < 0 or wanted.max() > limit:
+            raise InputError(f"lengths is {wanted.tolist()}; give 0 to {limit}, what the cache and the model can hold.")
+        self.rotated_counts[:] = 0
+        self._positions[:] = np.arange(self.capacity)
+        self._lengths = wanted
+        self._upload()
 
     def check_config(self, config: AttentionConfig, layer: int, dtype: np.dtype[Any]) -> None:
         """Raise CacheError unless the cache was made for this config, layer and storage dtype."""
@@ -202,6 +279,7 @@ class KVCache:
 
         T is the longest length; rows past a sequence's own length are zero.
         """
+        self.refresh()
         longest = int(self._lengths.max())
         held = np.arange(longest)[None, :] < self._lengths[:, None]
         out = {"lengths": self._lengths.copy(), "positions": np.where(held, self._positions[:, :longest], 0)}
@@ -262,3 +340,4 @@ class KVCache:
         self.v[:, :longest] = self.xp.asarray(v)
         self._positions[:, :longest] = positions
         self._lengths = lengths.astype(np.int64)
+        self._upload()

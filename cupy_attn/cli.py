@@ -1,23 +1,26 @@
-"""The command line: ``cupy-attn demo | run | verify | inspect | doctor | bench``."""
+"""The command line: ``cupy-attn demo | run | verify | inspect | warmup | doctor | bench``."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import errno
+import functools
 import json
 import math
+import re
 import shlex
 import sys
+import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
 
-from . import __version__, cuda, io
+from . import __version__, cuda, io, kernels
 from . import demo as demo_model
 from .arrays import STORAGE_DTYPES, to_numpy
 from .bench import MODELS, Timing, model_config, run_bench
@@ -29,7 +32,7 @@ from .plan import check_cache, check_positions
 from .reference import STAGES
 from .rope import ANGLE_DTYPES
 from .verify import Verification, verify_layer
-from .weights import AttentionWeights, read_norm_stats
+from .weights import AttentionWeights, NormStats, read_norm_stats, takes_precise_path
 
 RUN_STAGES = tuple(name for name in STAGES if name not in ("scores", "probs"))
 CHUNK_TOKENS = 1024  # tokens between two steps of the progress bar
@@ -325,14 +328,14 @@ def verify(
 def inspect(model: Path, plot: Path | None, as_json: bool) -> None:
     """Print the Q-norm and K-norm weights of every layer of MODEL and which layers take the precise path.
 
-    A layer whose max |k_norm.weight| exceeds the threshold computes its scores with split products on a GPU: an
-    error of 0.0005 before the norm is one of 0.05 after a weight of 96.5.
+    A layer whose max |k_norm.weight| exceeds the threshold, or whose scores grow as large without it, computes them
+    with split products on a GPU: an error of 0.0005 before the norm is one of 0.05 after a weight of 96.5.
     """
     config = AttentionConfig.from_pretrained(model)
     rows: list[dict[str, Any]] = []
     for index, q, k in read_norm_stats(model, config):
         rows.append({
-            "layer": index, "precise": k.max_abs > config.precise_threshold, "sliding_window": config.window(index),
+            "layer": index, "precise": takes_precise_path(config, q, k), "sliding_window": config.window(index),
             "k_norm": dataclasses.asdict(k), "q_norm": dataclasses.asdict(q),
         })  # fmt: skip
     if plot is not None:
@@ -352,21 +355,87 @@ def inspect(model: Path, plot: Path | None, as_json: bool) -> None:
           f"{r['k_norm']['quartiles_abs'][1]:.3f}", f"{r['q_norm']['max_abs']:.4g}",
           str(r["sliding_window"] or "-"), "precise" if r["precise"] else "normal") for r in rows]))  # fmt: skip
     precise, threshold = sum(r["precise"] for r in rows), config.precise_threshold
-    click.echo(f"\n{precise} of {len(rows)} layers have max |k_norm.weight| above {threshold:g}: the precise path.")
+    click.echo(f"\n{precise} of {len(rows)} layers take the precise path: max |k_norm.weight| above {threshold:g}, or "
+               "scores as large as that gives.")  # fmt: skip
     if plot is not None:
         click.echo(f"Wrote {plot}.")
 
 
 @main.command()
+@_MODEL
+@click.option("--dtype", "dtypes", type=click.Choice(list(STORAGE_DTYPES)), multiple=True,
+              default=("float16", "bfloat16"), show_default=True, help="Storage dtype; can be repeated.")  # fmt: skip
+@click.option("--layers", default="all", show_default=True, help="Layers to build for: 'all', or such as 0,5-7.")
+@click.option("--arch", "archs", multiple=True,
+              help="Compile for this architecture instead, such as sm_90a, and print registers and spills; needs no "
+              "GPU and keeps nothing; can be repeated.")  # fmt: skip
+@click.option("--verbose", is_flag=True, help="Print the time of every kernel.")
 @_JSON
-def doctor(as_json: bool) -> None:
-    """Print versions, GPU, NVRTC, kernel cache and a self-test.
+def warmup(
+    model: Path, dtypes: tuple[str, ...], layers: str, archs: tuple[str, ...], verbose: bool, as_json: bool
+) -> None:
+    """Build the kernels that MODEL needs on this GPU into CuPy's cache, so that no first call waits for them.
 
-    Exit status 1 if the self-test fails. A machine without a GPU is healthy: the layer then runs on the CPU.
+    Reads config.json and the Q-norm and K-norm weights, nothing else. Exit status 1 if a kernel fails to build; the
+    others are built all the same. Importing the package builds the common kernels by itself: with
+    CUPY_ATTN_DEFER_BUILD=1 they are built, and counted, here.
+    """
+    from . import warmup as warming
+
+    for arch in archs:
+        if re.fullmatch(r"sm_\d+[a-z]?", arch) is None:
+            raise click.UsageError(
+                f"--arch {arch}: name one as NVRTC does, such as {', '.join(kernels.ARCHITECTURES)}."
+            )
+    ranges = _layer_ranges(layers)
+    if not archs:
+        _check_gpu_and_cache()
+    config = AttentionConfig.from_pretrained(model)
+    stats = _chosen_layers(layers, ranges, list(read_norm_stats(model, config)))
+    pairs = warming.needed(config, stats, [STORAGE_DTYPES[name] for name in dict.fromkeys(dtypes)])
+    builds: list[Callable[[], Any]]
+    if archs:
+        builds = [functools.partial(warming.build_offline, arch, *pair) for arch in dict.fromkeys(archs)
+                  for pair in pairs]  # fmt: skip
+    else:
+        builds = [warming.on_this_gpu(functools.partial(warming.build_here, *pair)) for pair in pairs]
+    start = time.perf_counter()
+    with _build_progress(len(builds), quiet=as_json) as done:
+        results = warming.build_all(builds, done)
+    seconds = time.perf_counter() - start
+    counts = {status: sum(r.status == status for r in results) for status in ("built", "cached", "failed")}
+    if as_json:
+        _echo_json({
+            "model": str(model), "dtypes": list(dict.fromkeys(dtypes)), "layers": [index for index, *_ in stats],
+            **counts, "seconds": seconds,
+            "kernels": [dataclasses.asdict(r) | {"macros": dict(r.macros)} for r in results],
+        })  # fmt: skip
+    else:
+        if archs or verbose:
+            click.echo(_build_table(results, bool(archs), verbose))
+        told = f"Built {counts['built']} kernels in {seconds:.1f} s, {counts['cached']} came from the cache"
+        click.echo(f"{told}, {counts['failed']} failed." if counts["failed"] else f"{told}.")
+    for message in dict.fromkeys(r.error for r in results if r.error):
+        click.echo(f"Error: {message}", err=True)
+    if counts["failed"]:
+        raise click.exceptions.Exit(1)
+
+
+@main.command()
+@click.option("--compile", "everything", is_flag=True,
+              help="Compile every common kernel for the cold compile time, however long that takes.")  # fmt: skip
+@_JSON
+def doctor(everything: bool, as_json: bool) -> None:
+    """Print versions, GPU, NVRTC, the time of a cold compile, kernel cache and a self-test.
+
+    Exit status 1 if the self-test fails. A machine without a GPU is healthy: the layer then runs on the CPU. The cold
+    compile builds the common kernels past every cache and begins no more of them after 20 s.
     """
     from .doctor import examine
 
-    report = examine()
+    if sys.stderr.isatty() and not as_json:
+        click.echo("  compiling and testing ...", err=True)
+    report = examine(everything)
     if as_json:
         _echo_json(report)
     else:
@@ -519,6 +588,67 @@ def _progress(items: Sequence[int], label: str) -> Iterator[Any]:
             yield bar
     else:
         yield items
+
+
+def _layer_ranges(option: str) -> list[tuple[int, int]] | None:
+    """Read "0,5-7" as [(0, 0), (5, 7)] and "all" as None."""
+    if option == "all":
+        return None
+    found = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in option.split(",")]
+    ranges = [(int(m[1]), int(m[2] or m[1])) for m in found if m]
+    if len(ranges) < len(found) or any(first > last for first, last in ranges):
+        raise click.UsageError(f"--layers {option}: give 'all', or layers and ranges of them such as 0,5-7.")
+    return ranges
+
+
+def _chosen_layers(
+    option: str, ranges: list[tuple[int, int]] | None, stats: list[tuple[int, NormStats, NormStats]]
+) -> list[tuple[int, NormStats, NormStats]]:
+    if ranges is None:
+        return stats
+    largest = max(last for _, last in ranges)
+    if largest >= len(stats):
+        raise InputError(f"--layers {option} asks for layer {largest}, the checkpoint has 0 to {len(stats) - 1}; name "
+                         "some of those.")  # fmt: skip
+    return [row for row in stats if any(first <= row[0] <= last for first, last in ranges)]
+
+
+def _check_gpu_and_cache() -> None:
+    problem = cuda.problem()
+    if problem is not None:
+        cure = problem.removesuffix(".").replace("use device='cpu' or ", "")
+        raise DeviceError(f"{cure}, or pass --arch sm_90a to compile for the GPU of another machine.")
+    problem = kernels.cache_problem()
+    if problem is not None:
+        raise FileError(problem)
+
+
+@contextlib.contextmanager
+def _build_progress(count: int, *, quiet: bool) -> Iterator[Callable[[Any], None]]:
+    """Yield what to call with each kernel built: a bar on a terminal, a line each where there is none."""
+    if quiet:
+        yield lambda result: None
+    elif sys.stderr.isatty():
+        with click.progressbar(length=count, label="building", file=sys.stderr) as bar:
+            yield lambda result: bar.update(1)
+    else:
+        number = iter(range(1, count + 1))
+        yield lambda result: click.echo(f"{next(number)}/{count} {_kernel_name(result)}", err=True)
+
+
+def _build_table(results: Sequence[Any], offline: bool, verbose: bool) -> str:
+    header = ["kernel", *(["arch", "registers", "spilled bytes"] if offline else []),
+              *(["seconds"] if verbose else []), "outcome"]  # fmt: skip
+    rows = []
+    for r in results:
+        numbers = ["-" if n is None else str(n) for n in (r.registers, r.spill_bytes)]
+        rows.append([_kernel_name(r), *([r.arch, *numbers] if offline else []),
+                     *([f"{r.seconds:.2f}"] if verbose else []), r.status])  # fmt: skip
+    return _table(header, rows)
+
+
+def _kernel_name(result: Any) -> str:
+    return " ".join([result.name, *(f"{key}={value}" for key, value in result.macros)])
 
 
 def _echo_json(value: Any) -> None:

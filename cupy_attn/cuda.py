@@ -1,33 +1,41 @@
-"""The CUDA backend: plans, workspaces, launches.
-
-The layer runs in float32 as the phases of :mod:`ops` on CuPy arrays, with the input norm as a kernel of our own;
-fused kernels replace the phases one by one.
-"""
+"""The CUDA backend: weights made ready once, then each call planned, given scratch and launched."""
 
 from __future__ import annotations
 
 import functools
+import math
+import warnings
 from typing import Any
 
 import numpy as np
 
-from . import kernels, ops
+from . import kernels, launch
 from .cache import KVCache
 from .config import AttentionConfig
-from .errors import DeviceError
+from .errors import InputError, SlowPathWarning
+from .kernels import Macros
+from .launch import CALL, Launch, Limits, Shape
+from .launcher import Launcher
 from .plan import Plan
-from .rope import rope_angles
-from .weights import AttentionWeights
+from .rope import inverse_frequencies
+from .separate import SeparateOps
+from .weights import AttentionWeights, takes_precise_path
+from .workspace import workspace_of
 
 MIN_CAPABILITY = (8, 0)
-SCORE_BYTES = 1 << 30  # materialised scores of one block of queries
+# Powers of two bring the largest value an operand can have just below 2^OPERAND_BITS, half of float16's range. The
+# values of v keep more room: a cache can hold some that these weights did not make.
+OPERAND_BITS, VALUE_BITS = 15, 11
+PREFILL_STAGES = (
+    "input_norm", "q", "k", "v", "q_norm", "k_norm", "q_rope", "k_rope", "row_max", "lse", "attention", "output",
+)  # fmt: skip
 
 
 @functools.cache
 def problem() -> str | None:
     """Return why no GPU is usable, as a sentence, or None if one is."""
     try:
-        import cupy
+        cupy = kernels.import_cupy()
     except ImportError as error:
         return f"CuPy cannot be imported ({error}); pip install cupy-cuda12x."
     except OSError as error:  # it makes its cache folder when imported
@@ -47,47 +55,106 @@ def problem() -> str | None:
     return None
 
 
-def build_at_import() -> None:
-    """Build the common kernels if there is a GPU; silent, and never the reason that an import fails."""
-    if problem() is None:
-        kernels.build_common()
-
-
-def rms_norm(x: Any, weight: Any, eps: float, output: Any) -> Any:
-    """Launch ``rms_norm.cu`` on x [..., H]; see :func:`ops.rms_norm` for the maths.
-
-    Parameters
-    ----------
-    x : cupy.ndarray [..., H]
-        Storage dtype; H a multiple of 8.
-    weight : cupy.ndarray [H]
-        Of x's dtype.
-    eps : float
-        In units of x^2.
-    output : dtype
-        Of the result.
-
-    Returns
-    -------
-    cupy.ndarray [..., H]
-        Of dtype ``output``.
-    """
+@functools.cache
+def limits(device_id: int) -> Limits:
+    """Return what a GPU offers to the kernels."""
     import cupy
 
-    x, weight = (_aligned(cupy.ascontiguousarray(a)) for a in (x, weight))
-    hidden = x.shape[-1]
-    macros = kernels.rms_norm_macros(x.dtype, np.dtype(output), hidden)
-    y = cupy.empty(x.shape, output)
-    rows = x.size // hidden
-    if rows:  # CuPy would launch one block for an empty grid
-        threads = 32 * int(dict(macros)["WARPS"])
-        kernels.kernel("rms_norm", macros)((rows,), (threads,), (x, weight, y, np.float32(eps)))
-    return y
+    attributes = cupy.cuda.Device(device_id).attributes
+    return Limits(
+        num_sms=attributes["MultiProcessorCount"],
+        block_smem=attributes["MaxSharedMemoryPerBlockOptin"],
+        sm_smem=attributes["MaxSharedMemoryPerMultiprocessor"],
+    )
 
 
-def _aligned(x: Any) -> Any:
-    """Return x, copied if it does not start at a multiple of 16 bytes: kernels read that much at a time."""
-    return x if x.data.ptr % 16 == 0 else x.copy()
+H200 = Limits(num_sms=132, block_smem=232448, sm_smem=233472)
+"""What specialisations are listed for where there is no GPU."""
+
+
+def specialisations(
+    config: AttentionConfig, dtype: np.dtype[Any], *, precise: bool, windowed: bool = False
+) -> list[tuple[str, Macros]]:
+    """Return every kernel that a layer of a config needs, in a storage dtype, on the precise or the normal path."""
+    if launch.supported(config, dtype.name) is not None:
+        return []
+    gpu = H200
+    if problem() is None:
+        import cupy
+
+        gpu = limits(cupy.cuda.Device().id)
+    shape = Shape(dtype.name, config.head_dim, precise, windowed, float32_angles=False)
+    launches = [
+        *(
+            one
+            for rows in (1, 1 << 16)
+            for one in launch.prefill(config, shape, gpu, 1, rows, past_tiles=0, collect=False)
+        ),
+        *(one for batch in (1, 64) for one in launch.decode(config, shape, gpu, batch)),
+    ]
+    return list(dict.fromkeys((one.name, one.macros) for one in launches))
+
+
+def _power_of_two(largest: float, bits: int) -> float:
+    """Return the power of two that brings ``largest`` into [2^(bits - 1), 2^bits)."""
+    return 2.0 ** (bits - math.frexp(largest)[1]) if largest > 0 and math.isfinite(largest) else 1.0
+
+
+class _Weights:
+    """One layer's weights as the kernels read them: float16 products, float32 norms, powers of two folded in."""
+
+    def __init__(self, config: AttentionConfig, weights: AttentionWeights, *, angles: str) -> None:
+        import cupy
+
+        wide = {name: tensor.astype(np.float32) for name, tensor in weights.tensors().items()}
+        hidden_bound = math.sqrt(config.hidden_size) * float(np.abs(wide["input_norm"]).max())
+        hidden_scale = _power_of_two(hidden_bound, OPERAND_BITS)
+        self.input_norm = cupy.asarray(wide["input_norm"] * np.float32(hidden_scale))
+
+        def operand(name: str) -> tuple[Any, float]:
+            tensor = getattr(weights, name)
+            if tensor.dtype == np.float16:
+                return cupy.asarray(np.ascontiguousarray(tensor)), 1.0
+            scale = _power_of_two(float(np.abs(wide[name]).max()), OPERAND_BITS)
+            return cupy.asarray((wide[name] * np.float32(scale)).astype(np.float16)), scale
+
+        self.qkv_proj, qkv_scale = operand("qkv_proj")
+        self.o_proj, o_scale = operand("o_proj")
+        v_rows = wide["qkv_proj"][config.q_size + config.kv_size :]
+        v_bias = wide["qkv_bias"][config.q_size + config.kv_size :] if "qkv_bias" in wide else np.zeros(1, np.float32)
+        v_bound = hidden_bound * float(np.linalg.norm(v_rows, axis=1).max()) + float(np.abs(v_bias).max())
+        self.v_scale = 1.0 if weights.dtype == np.float16 else _power_of_two(v_bound, VALUE_BITS)
+
+        _, factor = inverse_frequencies(config, angles=angles)
+        norms: dict[str, tuple[Any, float]] = {}
+        for name in ("q_norm", "k_norm"):
+            bound = math.sqrt(config.head_dim) * float(np.abs(wide[name]).max()) * factor
+            scale = _power_of_two(bound, OPERAND_BITS)
+            norms[name] = cupy.asarray(wide[name] * np.float32(factor * scale)), scale
+        (self.q_norm, q_scale), (self.k_norm, k_scale) = norms["q_norm"], norms["k_norm"]
+        self.qkv_bias = None if "qkv_bias" not in wide else cupy.asarray(wide["qkv_bias"])
+        self.o_bias = None if "o_bias" not in wide else cupy.asarray(wide["o_bias"])
+        self.frequency = cupy.asarray(_frequencies(config, angles))
+        self.scalars = {
+            "qkv_unscale": 1 / (hidden_scale * qkv_scale), "o_unscale": 1 / (o_scale * self.v_scale),
+            "score_scale": math.log2(math.e) / math.sqrt(config.head_dim) / q_scale / k_scale, "v_scale": self.v_scale,
+            "hidden_unscale": 1 / hidden_scale, "q_norm_unscale": 1 / (factor * q_scale), "q_rope_unscale": 1 / q_scale,
+            "k_norm_unscale": 1 / (factor * k_scale), "k_rope_unscale": 1 / k_scale,
+        }  # fmt: skip
+        cupy.cuda.get_current_stream().synchronize()  # kernels of any stream read these without waiting
+
+    def pointers(self) -> dict[str, int]:
+        """Return the address of every array the kernels read."""
+        return {name: array.data.ptr for name, array in vars(self).items() if hasattr(array, "data")}
+
+
+def _frequencies(config: AttentionConfig, angles: str) -> np.ndarray:
+    """Return each pair's frequency as rope.cuh reads it, [D/2] uint64."""
+    inv_freq, _ = inverse_frequencies(config, angles=angles)
+    if angles == "float32":
+        return inv_freq.view(np.uint32).astype(np.uint64) << np.uint64(32)
+    turns = inv_freq / (2 * np.pi)
+    return np.array([int(turn * 2**64) % 2**64 for turn in turns.tolist()], np.uint64)
 
 
 class CudaBackend:
@@ -101,6 +168,11 @@ class CudaBackend:
         In the storage dtype.
     angles : {"float64", "float32"}
         Precision of the rotary angles.
+
+    Warns
+    -----
+    SlowPathWarning
+        There is no kernel for this layer: it runs as separate array operations.
     """
 
     name = "cuda"
@@ -109,102 +181,170 @@ class CudaBackend:
         import cupy
 
         self.xp = cupy
-        self._config, self._angles = config, angles
+        self._config, self._host_weights, self._angles = config, weights, angles
+        self._device = cupy.cuda.Device().id
+        self._limits = limits(self._device)
         self._window = config.window(weights.layer)
-        self._input_norm = cupy.asarray(weights.input_norm)
-        self._w = {name: cupy.asarray(t).astype(np.float32) for name, t in weights.tensors().items()}
+        self._shape = Shape(
+            dtype=weights.dtype.name,
+            head_dim=config.head_dim,
+            precise=takes_precise_path(config, weights.q_norm_stats, weights.k_norm_stats),
+            windowed=self._window is not None,
+            float32_angles=angles == "float32",
+        )
+        why = launch.supported(config, weights.dtype.name)
+        if why is not None:
+            warnings.warn(
+                f"layer {weights.layer} runs as separate array operations, many times slower than the kernels, because "
+                f"{why}; use float16 or bfloat16 storage and such a shape if you can.",
+                SlowPathWarning,
+                stacklevel=4,
+            )
+        self._ready = None if why is not None else _Weights(config, weights, angles=angles)
+        self._launches: dict[Any, list[Launch]] = {}
+        self._launchers: dict[Launch, Launcher] = {}
+        self._call = np.zeros(1, CALL)
+        if self._ready is not None:
+            self._set(**self._ready.pointers(), **self._ready.scalars, hidden_size=config.hidden_size,
+                      num_q_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads,
+                      max_position=config.max_position, window=self._window or 0, eps=config.rms_norm_eps)  # fmt: skip
+
+    @functools.cached_property
+    def _separate(self) -> SeparateOps:
+        return SeparateOps(self._config, self._host_weights, angles=self._angles)
+
+    def _set(self, **values: Any) -> None:
+        for name, value in values.items():
+            self._call[name] = value
 
     def forward(self, plan: Plan, cache: KVCache) -> Any:
         """Run one planned call: write K and V past the cached tokens, return y [B, S, H] in the storage dtype."""
-        try:
-            return self._forward(plan, cache)
-        except ImportError as error:  # cuBLAS is loaded at the first product
-            raise DeviceError(f"a CUDA library is missing ({error}); pip install 'cupy-cuda12x[ctk]'.") from None
-
-    def _forward(self, plan: Plan, cache: KVCache) -> Any:
-        xp, config, w = self.xp, self._config, self._w
-        y = xp.zeros((plan.batch, plan.seq, config.hidden_size), plan.dtype)
-        stages: dict[str, list[Any]] = {}
-        for b in range(plan.batch):
-            new = int(plan.num_tokens[b])
-            if not new:
-                continue
-            part = self._sequence(plan, cache, b, new)
-            out = ops.project_output(part["attention"], w["o_proj"], w.get("o_bias"))
-            part["output"] = out
-            if plan.residual is not None:
-                out = out + plan.residual[b, :new].astype(np.float32)
-            y[b, :new] = out.astype(plan.dtype)
-            for name, value in part.items():
-                stages.setdefault(name, []).append((b, value))
-        if plan.stages is not None:
-            for name, parts in stages.items():
-                token_axis = 1 if name in ("row_max", "lse") else 0
-                shape = list(parts[0][1].shape)
-                shape[token_axis] = plan.seq
-                whole = xp.zeros((plan.batch, *shape), np.float32)
-                for b, value in parts:
-                    rows = slice(0, value.shape[token_axis])
-                    whole[(b, rows) if token_axis == 0 else (b, slice(None), rows)] = value
-                plan.stages[name] = whole
+        capturing = self.xp.cuda.get_current_stream().is_capturing()
+        if self._ready is None or self._outgrown(plan):
+            if capturing:
+                raise InputError(
+                    "this layer runs as separate array operations, which a graph cannot hold; call it outside."
+                )
+            return self._separate.forward(plan, cache)
+        decode = plan.seq == 1 and plan.stages is None
+        past = 0 if decode else int(cache.lengths.max())
+        if capturing and not decode:
+            past = cache.capacity  # replays will find more
+        past_tiles = -(-past // launch.PAST_ROWS)
+        key = (plan.batch, plan.seq, past_tiles, decode, plan.stages is not None)
+        launches = self._launches.get(key)
+        if launches is None:
+            launches = self._launches[key] = self._plan_launches(plan, past_tiles, decode=decode)
+        scratch = cache.capacity if capturing else min(cache.capacity, _bucket(past + plan.seq))
+        y, keep = self._prepare(plan, cache, launches, scratch, past_tiles, capturing=capturing, decode=decode)
+        stream = self.xp.cuda.get_current_stream()
+        for one in launches:
+            self._launcher(one)(self._call, stream)
+        del keep
         return y
 
-    def _sequence(self, plan: Plan, cache: KVCache, b: int, new: int) -> dict[str, Any]:
-        """Run one sequence up to the attention output; return its stages, float32."""
-        xp, config, w = self.xp, self._config, self._w
-        x = xp.ascontiguousarray(plan.x[b, :new])
-        if config.hidden_size % 8:
-            h = ops.rms_norm(x.astype(np.float32), w["input_norm"], config.rms_norm_eps)
+    def _launcher(self, one: Launch) -> Launcher:
+        launcher = self._launchers.get(one)
+        if launcher is None:
+            launcher = self._launchers[one] = Launcher(one)
+        return launcher
+
+    def _outgrown(self, plan: Plan) -> bool:
+        """Whether dynamic RoPE has left the length whose angles the kernels have."""
+        config = self._config
+        if config.rope.rope_type != "dynamic":
+            return False
+        return any(row[: n].max(initial=0) >= config.max_position_embeddings
+                   for row, n in zip(plan.positions, plan.num_tokens, strict=True))  # fmt: skip
+
+    def _plan_launches(self, plan: Plan, past_tiles: int, *, decode: bool) -> list[Launch]:
+        config, shape, limits = self._config, self._shape, self._limits
+        if decode:
+            return launch.decode(config, shape, limits, plan.batch)
+        return launch.prefill(config, shape, limits, plan.batch, plan.seq, past_tiles=past_tiles,
+                              collect=plan.stages is not None)  # fmt: skip
+
+    def _prepare(
+        self, plan: Plan, cache: KVCache, launches: list[Launch], scratch: int, past_tiles: int, *, capturing: bool,
+        decode: bool,
+    ) -> tuple[Any, list[Any]]:  # fmt: skip
+        """Fill in the call; return y and the arrays that must live until the kernels have been launched."""
+        xp, config, shape = self.xp, self._config, self._shape
+        batch, seq, parts = plan.batch, plan.seq, shape.parts
+        x = _contiguous(xp, plan.x)
+        residual = None if plan.residual is None else (x if plan.residual is plan.x else _contiguous(xp, plan.residual))
+        y = plan.out if _writable_in_place(plan.out, residual) else xp.empty(plan.x.shape, plan.dtype)
+        keep = [x, residual]
+
+        def integers(values: np.ndarray) -> int:
+            array = xp.asarray(np.ascontiguousarray(values, np.int32))
+            keep.append(array)
+            return int(array.data.ptr)
+
+        workspace = workspace_of(self._device, xp.cuda.get_current_stream().ptr)
+        heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        grid = next((one.grid for one in launches if one.name == "attend_decode"), 0)
+        shares, pieces = launch.decode_pieces(config, batch, grid)
+        buffers: dict[str, tuple[tuple[int, ...], Any]] = {
+            "rows": ((batch * seq, 2), np.int32),
+            "hidden": ((batch * seq, shape.hidden_parts, config.hidden_size), np.float16),
+            "attention": ((batch * seq, heads * dim), np.float16),
+        }
+        if decode:
+            buffers["qkv"] = (batch, (heads + 2 * kv_heads) * dim), np.float32
+            buffers["partial"] = (shares, launch.share_floats(config)), np.float32
         else:
-            h = rms_norm(x, self._input_norm, config.rms_norm_eps, np.float32)
-        qkv = ops.project_qkv(h, w["qkv_proj"], w.get("qkv_bias"))
-        q, k, v = ops.split_heads(qkv, config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-        start = int(cache.lengths[b])
-        rows = slice(start, start + new)
-        cache.k_heads[b, :, rows] = k.transpose(1, 0, 2)
-        cache.v_heads[b, :, rows] = v.transpose(1, 0, 2)
+            buffers["q"] = (parts, batch * seq, heads, dim), np.float16
+            buffers["k"] = (parts, batch, kv_heads, scratch, dim), np.float16
+            if shape.dtype != "float16":
+                buffers["v"] = (batch, kv_heads, scratch, dim), np.float16
+        scratch_arrays = {name: workspace.take(name, size, dtype, capturing=capturing)
+                          for name, (size, dtype) in buffers.items()}  # fmt: skip
+        counters = workspace.take("counters", (max(pieces, launch.ready_counters(batch * seq)),), np.int32,
+                                  capturing=capturing, zeroed=True)  # fmt: skip
+        self._set(
+            x=x.data.ptr, residual=0 if residual is None else residual.data.ptr, y=y.data.ptr,
+            positions=0 if plan.counting_on else integers(plan.positions),
+            num_tokens=0 if plan.unpadded else integers(plan.num_tokens),
+            k_cache=cache.k_heads.data.ptr, v_cache=cache.v_heads.data.ptr, lengths=cache.device_lengths.data.ptr,
+            cached_positions=cache.device_positions.data.ptr, fault=cache.device_fault.data.ptr,
+            counters=counters.data.ptr, batch=batch, seq=seq, capacity=cache.capacity, scratch_capacity=scratch,
+            past_tiles=past_tiles, **{name: array.data.ptr for name, array in scratch_arrays.items()},
+        )  # fmt: skip
+        if plan.stages is not None:
+            self._collect(plan)
+        return y, keep
 
-        keys = cache.k_heads[b, :, : rows.stop].transpose(1, 0, 2).astype(np.float32)
-        values = cache.v_heads[b, :, : rows.stop].transpose(1, 0, 2).astype(np.float32)
-        q_pos = plan.positions[b, :new]
-        k_pos = cache.key_positions(b, q_pos)
-        q_norm, k_norm = ops.qk_norm(q, keys, w["q_norm"], w["k_norm"], config.rms_norm_eps)
-        cos, sin = (
-            xp.asarray(a, np.float32) for a in rope_angles(config, k_pos, int(k_pos[-1]) + 1, angles=self._angles)
-        )
-        q_rope = ops.apply_rope(q_norm, cos[start:], sin[start:])
-        k_rope = ops.apply_rope(k_norm, cos, sin)
-        stages = {
-            "input_norm": h, "q": q, "k": keys[start:], "v": values[start:], "q_norm": q_norm,
-            "k_norm": k_norm[start:], "q_rope": q_rope, "k_rope": k_rope[start:],
-        }  # fmt: skip
-        return stages | self._attend(q_rope, k_rope, values, q_pos, k_pos, wanted=plan.stages is not None)
+    def _collect(self, plan: Plan) -> None:
+        """Give the kernels zeroed arrays to collect stages in; padding rows stay zero."""
+        config = self._config
+        tokens = (plan.batch, plan.seq)
+        q = (*tokens, config.num_attention_heads, config.head_dim)
+        kv = (*tokens, config.num_key_value_heads, config.head_dim)
+        hidden, rows = (*tokens, config.hidden_size), (plan.batch, config.num_attention_heads, plan.seq)
+        shapes = dict(zip(PREFILL_STAGES, (hidden, q, kv, kv, q, kv, q, kv, rows, rows, q, hidden), strict=True))
+        assert plan.stages is not None
+        for name, size in shapes.items():
+            plan.stages[name] = self.xp.zeros(size, np.float32)
+            self._set(**{f"stage_{name}": plan.stages[name].data.ptr})
 
-    def _attend(self, q: Any, k: Any, v: Any, q_pos: np.ndarray, k_pos: np.ndarray, *, wanted: bool) -> dict[str, Any]:
-        """Attend in blocks of queries, so that the scores stay within SCORE_BYTES."""
-        xp, config = self.xp, self._config
-        step = max(1, SCORE_BYTES // (4 * config.num_attention_heads * len(k_pos)))
-        outs, largest, lses = [], [], []
-        for i in range(0, len(q_pos), step):
-            block, positions = q[None, i : i + step], xp.asarray(q_pos[i : i + step])
-            keys = xp.asarray(k_pos)
-            outs.append(ops.gqa_attention(block, k[None], v[None], q_positions=positions, k_positions=keys,
-                                          sliding_window=self._window)[0])  # fmt: skip
-            if wanted:
-                row_max, lse = self._row_statistics(block[0], k, positions, keys)
-                largest.append(row_max)
-                lses.append(lse)
-        statistics = {"row_max": xp.concatenate(largest, axis=1), "lse": xp.concatenate(lses, axis=1)} if wanted else {}
-        return statistics | {"attention": xp.concatenate(outs)}
 
-    def _row_statistics(self, q: Any, k: Any, q_pos: Any, k_pos: Any) -> tuple[Any, Any]:
-        """Return the largest score and ln sum exp(scores) of every row, [Hq, S] each."""
-        xp, config = self.xp, self._config
-        wide = xp.repeat(k, config.group, axis=1)
-        scores = xp.einsum("shd,thd->hst", q, wide) * np.float32(config.head_dim**-0.5)
-        visible = k_pos[None, :] <= q_pos[:, None]
-        if self._window is not None:
-            visible &= q_pos[:, None] - k_pos[None, :] < self._window
-        scores = xp.where(visible, scores, np.float32(-np.inf))
-        row_max = scores.max(-1)
-        return row_max, row_max + xp.log(xp.exp(scores - row_max[..., None]).sum(-1))
+def _bucket(tokens: int) -> int:
+    """Return the next power of two: scratch grows a few times, not with every chunk."""
+    return 1 << max(6, (tokens - 1).bit_length())
+
+
+def _contiguous(xp: Any, array: Any) -> Any:
+    """Return an array in C order that starts at a multiple of 16 bytes: kernels read that much at a time."""
+    array = xp.ascontiguousarray(array)
+    return array if array.data.ptr % 16 == 0 else array.copy()
+
+
+def _writable_in_place(out: Any, residual: Any) -> bool:
+    """Whether kernels can write y to ``out`` itself: each element after that of the residual was read."""
+    if out is None or not out.flags.c_contiguous or out.data.ptr % 16:
+        return False
+    if residual is None or residual.data.ptr == out.data.ptr:
+        return True
+    start, stop = residual.data.ptr, residual.data.ptr + residual.nbytes
+    return bool(out.data.ptr + out.nbytes <= start or stop <= out.data.ptr)

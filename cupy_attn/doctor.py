@@ -2,36 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
 import time
-from pathlib import Path
+import warnings
 from typing import Any
 
 import numpy as np
 
-from . import __version__, cuda, demo, kernels, reference
+from . import __version__, cuda, demo, kernels, reference, warmup
 from .accuracy import BARS, relative_l2
 from .arrays import STORAGE_DTYPES
 from .config import AttentionConfig
-from .errors import CupyAttnError
+from .errors import CupyAttnError, SlowPathWarning
 from .layer import Attention
 from .threads import workers
 from .weights import AttentionWeights
 
 PACKAGES = ("numpy", "ml-dtypes", "safetensors", "click", "threadpoolctl", "nvidia-cuda-nvrtc-cu12",
             "nvidia-cuda-runtime-cu12")  # fmt: skip
-PROBE_ARCH = "sm_90a"
+PROBE_ARCH = "sm_90a"  # compiled for where there is no GPU
+COLD_COMPILE_S = 20.0  # a cold compile begins no more kernels after this, unless it is asked for all of them
 
 
-def examine() -> dict[str, Any]:
-    """Return versions, GPU, NVRTC, kernel cache and self-test results; ``ok`` is whether all self-tests passed."""
+def examine(everything: bool = False) -> dict[str, Any]:
+    """Return versions, GPU, NVRTC, kernel cache and self-test results; ``ok`` is whether all self-tests passed.
+
+    Parameters
+    ----------
+    everything : bool
+        Compile every common kernel cold, however long it takes.
+    """
     report: dict[str, Any] = {
         "versions": _versions(),
         "cpu": {"machine": platform.machine(), "cores": workers(), "blas": _blas()},
         "gpu": _gpu(),
-        "nvrtc": _nvrtc(),
+        "nvrtc": _nvrtc(everything),
         "cache": _kernel_cache(),
     }
     devices = ["cpu"] + (["cuda"] if cuda.problem() is None else [])
@@ -81,41 +90,52 @@ def _cuda_version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-def _nvrtc() -> dict[str, Any]:
-    """Compile one kernel for a fixed architecture, past every cache; needs no GPU."""
+def _nvrtc(everything: bool) -> dict[str, Any]:
+    """Compile the common kernels past every cache, for this GPU or for a fixed architecture."""
     try:
-        from cupy.cuda import nvrtc
-
-        name, macros = kernels.common_specialisations()[0]
-        start = time.perf_counter()
-        build = kernels.compile_for(PROBE_ARCH, name, macros)
-        seconds = time.perf_counter() - start
-        version = ".".join(map(str, nvrtc.getVersion()))
-    except (CupyAttnError, ImportError, OSError, RuntimeError) as error:
+        version = ".".join(map(str, kernels.import_cupy().cuda.nvrtc.getVersion()))
+    except (ImportError, OSError, RuntimeError) as error:
         return {"usable": False, "why": str(error)}
-    return {
-        "usable": True, "version": version, "probe": f"{name}.cu for {PROBE_ARCH}", "compile_s": round(seconds, 3),
-        "registers": build.registers, "spill_bytes": build.spill_bytes,
+    arch = PROBE_ARCH if cuda.problem() else kernels.current_arch()
+    builds = [functools.partial(warmup.build_offline, arch, *pair) for pair in warmup.common()]
+    start = time.perf_counter()
+    results = warmup.build_all(builds, limit_s=float("inf") if everything else COLD_COMPILE_S)
+    seconds = time.perf_counter() - start
+    built, failures = [r for r in results if not r.error], [r.error for r in results if r.error]
+    report = {
+        "usable": bool(built) or not failures, "version": version, "cold_compile_s": round(seconds, 2), "arch": arch,
+        "kernels": len(built), "max_registers": max((r.registers or 0 for r in built), default=0),
+        "spill_bytes": sum(r.spill_bytes or 0 for r in built),
     }  # fmt: skip
+    if len(results) < len(builds):
+        report["not_compiled"] = len(builds) - len(results)
+    if failures:
+        report |= {"failed": len(failures), "why": failures[0]}
+    return report
 
 
 def _kernel_cache() -> dict[str, Any]:
     """Describe CuPy's disk cache of compiled kernels."""
-    folder = Path(os.environ.get("CUPY_CACHE_DIR", os.path.expanduser("~/.cupy/kernel_cache")))
-    files = list(folder.glob("*.cubin")) if folder.is_dir() else []
-    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
-    return {
-        "folder": str(folder), "exists": folder.is_dir(), "writable": os.access(nearest, os.W_OK),
-        "kernels": len(files), "mib": round(sum(f.stat().st_size for f in files) / 2**20, 2),
+    folder = kernels.cache_folder()
+    sizes = []
+    with contextlib.suppress(OSError), os.scandir(folder) as entries:
+        sizes = [entry.stat().st_size for entry in entries if entry.name.endswith(".cubin")]
+    problem = kernels.cache_problem()
+    report = {
+        "folder": folder, "exists": os.path.isdir(folder), "writable": problem is None,
+        "kernels": len(sizes), "mib": round(sum(sizes) / 2**20, 2),
         "import_builds": os.environ.get(kernels.DEFER_VARIABLE, "0") in ("", "0"),
     }  # fmt: skip
+    return report if problem is None else report | {"why": problem}
 
 
 def _self_test(device: str, dtype: str) -> dict[str, Any]:
     """Run a layer with the K-norm weights of Qwen3-0.6B layer 0 and hold it to its bar."""
     config = AttentionConfig.from_dict(demo.CONFIG)
     tensors = {n: t for n, t in demo.model_tensors(np.random.default_rng(0)).items() if ".layers.0." in n}
-    layer = Attention(config, AttentionWeights.from_dict(tensors, config), dtype, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", SlowPathWarning)  # float32 on a GPU is tested as what it is
+        layer = Attention(config, AttentionWeights.from_dict(tensors, config), dtype, device)
     x = demo.hidden_states(1, 33, config.hidden_size).astype(layer.dtype)
     row: dict[str, Any] = {"device": device, "dtype": dtype, "bar": BARS[dtype]}
     try:

@@ -45,3 +45,7 @@ class PrecisionWarning(CupyAttnWarning):
 
 class IgnoredWarning(CupyAttnWarning):
     """Something in a checkpoint or config was ignored on purpose."""
+
+
+class SlowPathWarning(CupyAttnWarning):
+    """A layer runs as separate array operations because no kernel takes it."""

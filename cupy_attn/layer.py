@@ -15,7 +15,7 @@ from .cpu import CpuBackend
 from .errors import DeviceError, InputError
 from .plan import Plan, check_cache, check_hidden, check_num_tokens, check_out, check_positions
 from .rope import ANGLE_DTYPES
-from .weights import AttentionWeights
+from .weights import AttentionWeights, takes_precise_path
 
 DEVICES = ("auto", "cuda", "cpu")
 
@@ -107,11 +107,11 @@ class Attention:
 
     @property
     def precise(self) -> bool:
-        """Whether max |k_norm.weight| exceeds the config's ``precise_threshold``.
+        """Whether scores are so large that the GPU kernels compute them with split products; the CPU has float32.
 
-        GPU kernels then compute scores with split products; the CPU always has float32.
+        See :func:`weights.takes_precise_path`.
         """
-        return self.weights.k_norm_stats.max_abs > self.config.precise_threshold
+        return takes_precise_path(self.config, self.weights.q_norm_stats, self.weights.k_norm_stats)
 
     def new_cache(self, batch: int = 1, capacity: int | None = None) -> KVCache:
         """Return an empty cache for this layer.
@@ -188,23 +188,45 @@ class Attention:
         if stages is not None and not isinstance(stages, dict):
             raise InputError(f"stages is a {type(stages).__name__}; pass a dict to be filled.")
         counts = check_num_tokens(num_tokens, batch, seq)
+        capturing = xp is not np and xp.cuda.get_current_stream().is_capturing()
+        if capturing:
+            self._check_capturable(on_gpu=on_gpu, cache=cache, given=[positions, num_tokens, stages])
         if cache is None:
             cache = self.new_cache(batch, seq)
         else:
             check_cache(cache, config, self.layer, self.dtype, batch, xp)
+            cache.refresh()
         given = check_positions(positions, config, cache, counts, seq)
         cache.check_room(counts)
 
         if xp is not np and not on_gpu:
             x, residual = xp.asarray(x), None if residual is None else xp.asarray(residual)
-        y = self._backend.forward(Plan(x, residual, given, counts, self.dtype, stages), cache)
-        cache.commit(given, counts)  # last: a call that fails or is interrupted leaves the cache as it was
+        target = out if on_gpu else None
+        plan = Plan(x, residual, given, counts, self.dtype, stages, target, positions is None, num_tokens is None)
+        y = self._backend.forward(plan, cache)
+        if capturing:
+            cache.mark_captured()  # nothing has run: the graph's replays append
+        else:
+            cache.commit(given, counts)  # last: a call that fails or is interrupted leaves the cache as it was
         if xp is not np and not on_gpu:
             y = xp.asnumpy(y)
         if out is None:
             return y
-        out[...] = y
+        if y is not out:
+            out[...] = y
         return out
+
+    def _check_capturable(self, *, on_gpu: bool, cache: KVCache | None, given: list[Any]) -> None:
+        """Raise InputError unless a call needs nothing from the host, which a graph's replays would not ask again."""
+        if not on_gpu:
+            raise InputError("x is in host memory while the stream is being captured; pass a CuPy array.")
+        if cache is None:
+            raise InputError("cache is missing while the stream is being captured; pass one, a graph cannot make it.")
+        if any(value is not None for value in given):
+            raise InputError(
+                "positions, num_tokens and stages cannot be given while the stream is being captured: a replay would "
+                "repeat them; leave them out and tokens count on from the cache."
+            )
 
 
 def forward(

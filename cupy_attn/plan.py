@@ -19,7 +19,8 @@ class Plan:
 
     ``x`` and ``residual`` are [B, S, H] where the backend computes; ``positions`` [B, S] int64 and ``num_tokens``
     [B] int64 are in host memory. Rows at and past a sequence's ``num_tokens`` are padding: not read, not cached,
-    zero in the output. A backend fills ``stages``, if it is a dict.
+    zero in the output. ``counting_on`` and ``unpadded`` say that the caller gave neither positions nor counts, so that
+    both follow from the cache alone. A backend fills ``stages``, if it is a dict, and may write y to ``out``.
     """
 
     x: Any
@@ -28,6 +29,9 @@ class Plan:
     num_tokens: np.ndarray
     dtype: np.dtype[Any]
     stages: dict[str, Any] | None
+    out: Any = None
+    counting_on: bool = False
+    unpadded: bool = False
 
     @property
     def batch(self) -> int:

@@ -35,12 +35,31 @@ class NormStats:
     std: float
     quartiles_abs: tuple[float, float, float]
 
+    @property
+    def rms(self) -> float:
+        """Root mean square."""
+        return float(np.hypot(self.mean, self.std))
+
     @classmethod
     def of(cls, weight: np.ndarray) -> NormStats:
         """Measure a weight [D] in float64."""
         w = weight.astype(np.float64)
         low, middle, high = (float(x) for x in np.quantile(np.abs(w), (0.25, 0.5, 0.75)))
         return cls(float(np.abs(w).max()), float(w.mean()), float(w.std()), (low, middle, high))
+
+
+# Norm weights of trained models peak at about this multiple of their root mean square.
+PEAK_TO_RMS = 8
+
+
+def takes_precise_path(config: AttentionConfig, q_norm: NormStats, k_norm: NormStats) -> bool:
+    """Return whether scores of a layer need operands of more than float16's precision.
+
+    They do where max |w_k| exceeds ``config.precise_threshold``; and where the scores, whose standard deviation over
+    random heads is rms(w_q) rms(w_k), are as large as that threshold stands for although no single weight is.
+    """
+    spread = q_norm.rms * k_norm.rms
+    return k_norm.max_abs > config.precise_threshold or spread > config.precise_threshold / PEAK_TO_RMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +117,7 @@ class AttentionWeights:
 
     @property
     def k_norm_stats(self) -> NormStats:
-        """Statistics of ``k_norm``: its ``max_abs`` decides whether scores take the precise path."""
+        """Statistics of ``k_norm``; see :func:`takes_precise_path`."""
         return NormStats.of(self.k_norm)
 
     @property

@@ -53,15 +53,30 @@ def make_hidden(config: ca.AttentionConfig, batch: int, seq: int, *, seed=1, dty
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request) -> str:
     """Every backend; the GPU where there is one."""
-    if request.param == "cuda" and cuda.problem():
-        pytest.skip(cuda.problem())
+    if request.param == "cuda":
+        if cuda.problem():
+            pytest.skip(cuda.problem())
+        request.getfixturevalue("usual_kernels")
     return request.param
 
 
+@pytest.fixture(scope="session")
+def usual_kernels() -> None:
+    """Build, on every core, the kernels of tests that run on every backend."""
+    from gpu_helpers import HALVES, build_ahead, kernels_of
+
+    kinds = [(make_config(), dtype, precise) for dtype in HALVES for precise in (False, True)]
+    shapes = [(2, 16), (2, 64), (12, 64), (2, 80), (2, 128), (16, 128)]  # G, D of test_layer.py
+    odd = [(make_config(num_attention_heads=g, num_key_value_heads=1, head_dim=d), "float16", True) for g, d in shapes]
+    wide = [(make_config(head_dim=128), dtype, True) for dtype in HALVES]
+    build_ahead([*kernels_of(kinds + odd, [(1, 1), (2, 20)]), *kernels_of(kinds + wide, [(2, 20)], collect=True)])
+
+
 def pytest_collection_modifyitems(items) -> None:
-    """Skip what needs a GPU where there is none."""
+    """Skip what needs a GPU where there is none; tests of every storage dtype may take the slow path."""
     problem = cuda.problem()
-    if problem:
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason=problem))
+    for item in items:
+        if "device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.filterwarnings("ignore::cupy_attn.errors.SlowPathWarning"))
+        if problem and "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=problem))

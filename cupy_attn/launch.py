@@ -1,0 +1,271 @@
+"""Launch arithmetic of the CUDA kernels: tile sizes, grids, shared memory; and what a call consists of.
+
+Needs no GPU. Every formula here has its twin at the top of a file in ``kernels_cu``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from .config import AttentionConfig
+from .kernels import CUDA_NAMES, Macros
+
+MAX_HEAD_DIM = 256
+DECODE_VECTORS = 8  # gemv.cuh: tokens that share one read of the weights
+GEMV_THREADS = 256
+PROJECT_ROWS, OUTPUT_ROWS = 32, 16  # decode_project.cu, decode_output.cu: rows of W of a block
+GEMM_WARPS, GEMM_BLOCK_K = 4, 64
+DECODE_MAX_RUNS = 128  # attend_decode.cu
+NORM_ROWS, PAST_ROWS = 4, 64  # project_qkv.cu: rows of one piece of work
+
+_POINTERS = (
+    "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "o_proj", "input_norm", "q_norm", "k_norm",
+    "qkv_bias", "o_bias", "frequency", "k_cache", "v_cache", "lengths", "cached_positions", "fault", "rows", "hidden",
+    "q", "k", "v", "attention", "qkv", "partial", "counters", "stage_input_norm", "stage_q", "stage_k", "stage_v",
+    "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope", "stage_row_max", "stage_lse", "stage_attention",
+    "stage_output",
+)  # fmt: skip
+_INTEGERS = (
+    "batch", "seq", "hidden_size", "num_q_heads", "num_kv_heads", "capacity", "scratch_capacity", "past_tiles",
+    "max_position", "window",
+)  # fmt: skip
+_FLOATS = (
+    "eps", "qkv_unscale", "o_unscale", "score_scale", "v_scale", "hidden_unscale", "q_norm_unscale", "q_rope_unscale",
+    "k_norm_unscale", "k_rope_unscale",
+)  # fmt: skip
+CALL = np.dtype(
+    [(name, np.uint64) for name in _POINTERS]
+    + [(name, np.int32) for name in _INTEGERS]
+    + [(name, np.float32) for name in _FLOATS],
+    align=True,
+)
+"""``struct Call`` of call.cuh."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Limits:
+    """What a GPU offers: multiprocessors, shared memory in bytes for one block and for one multiprocessor."""
+
+    num_sms: int
+    block_smem: int
+    sm_smem: int
+
+    def blocks_a_sm(self, smem_bytes: int, at_most: int) -> int:
+        """Return how many blocks with this much dynamic shared memory a multiprocessor holds, 0 if none."""
+        if smem_bytes + STATIC_SMEM > self.block_smem:
+            return 0
+        return min(at_most, self.sm_smem // (smem_bytes + STATIC_SMEM + RESERVED_SMEM))
+
+
+STATIC_SMEM = 256  # at most, of the kernels below but the gemv ones
+GEMV_STATIC_SMEM = 8192
+RESERVED_SMEM = 1024  # of every block, by the driver (CUDA C++ Programming Guide, compute capabilities)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """What the kernels are specialised for: storage dtype, head_dim, precise scores, window, angles."""
+
+    dtype: str
+    head_dim: int
+    precise: bool
+    windowed: bool
+    float32_angles: bool
+
+    @property
+    def parts(self) -> int:
+        """Float16 numbers that hold one operand of a score."""
+        return 2 if self.precise else 1
+
+    @property
+    def hidden_parts(self) -> int:
+        """Float16 numbers that hold one normalised hidden state; K of bfloat16 takes the second too."""
+        return 2 if self.precise or self.dtype == "bfloat16" else 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Launch:
+    """One kernel of a call; ``overlaps``: it may begin before the one ahead of it has ended (launcher.py)."""
+
+    name: str
+    macros: Macros
+    grid: int
+    threads: int
+    smem_bytes: int
+    overlaps: bool = False
+
+
+def supported(config: AttentionConfig, dtype: str) -> str | None:
+    """Return why there is no kernel for a config and storage dtype, or None."""
+    if dtype == "float32":
+        return "the storage dtype is float32"
+    if config.head_dim % 16 or config.head_dim > MAX_HEAD_DIM:
+        return f"head_dim is {config.head_dim}, not a multiple of 16 up to {MAX_HEAD_DIM}"
+    if config.hidden_size % 8:
+        return f"hidden_size is {config.hidden_size}, not a multiple of 8"
+    return None
+
+
+def _macros(shape: Shape, **values: object) -> Macros:
+    named = {"STORAGE": CUDA_NAMES[shape.dtype], "HEAD_DIM": shape.head_dim, "PARTS": shape.parts} | values
+    return tuple(sorted((key, str(value)) for key, value in named.items() if value is not False))
+
+
+def _rows_a_warp(head_dim: int) -> int:
+    """Rows whose sums, times head_dim columns, fit a warp's registers."""
+    return 32 if head_dim <= 128 else 16
+
+
+def _gemm_stages(block_m: int, block_n: int, limits: Limits) -> tuple[int, int]:
+    """Return how many buffers a tile's copies go through, and their bytes: two blocks a multiprocessor, if possible."""
+    stage = (block_m + block_n) * GEMM_BLOCK_K * 2
+    stages = max(range(2, 7), key=lambda n: (limits.blocks_a_sm(n * stage, 2), n))
+    return stages, stages * stage
+
+
+def project_qkv(
+    config: AttentionConfig, shape: Shape, limits: Limits, rows: int, *, past_tiles: int, batch: int, raw: bool,
+    collect: bool,
+) -> Launch:  # fmt: skip
+    """Launch of ``project_qkv.cu`` for ``rows`` rows of x."""
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    block_n = config.head_dim * max(1, 128 // config.head_dim)
+    n_tiles = -(-heads * config.head_dim // block_n)
+    warp_m = _rows_a_warp(config.head_dim)
+    # The exact sums of the precise path take the registers of the other 16 rows.
+    if shape.precise or -(-rows // (GEMM_WARPS * warp_m)) * n_tiles < limits.num_sms:
+        warp_m = 16
+    block_m = GEMM_WARPS * warp_m
+    stages, smem = _gemm_stages(block_m, block_n, limits)
+    items = -(-rows // NORM_ROWS) + past_tiles * batch * config.num_key_value_heads + -(-rows // block_m) * n_tiles
+    macros = _macros(shape, WARP_M=warp_m, BLOCK_N=block_n, GEMM_STAGES=stages, RAW=raw and 1, COLLECT=collect and 1,
+                     FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
+    grid = min(items, limits.num_sms * limits.blocks_a_sm(smem, 2))
+    return Launch("project_qkv", macros, grid, 32 * GEMM_WARPS, smem)
+
+
+def ready_counters(rows: int) -> int:
+    """Return how many counters ``project_qkv.cu`` needs for ``rows`` rows of x."""
+    return 2 + -(-rows // (GEMM_WARPS * 16))
+
+
+def project_output(config: AttentionConfig, shape: Shape, limits: Limits, rows: int, *, collect: bool) -> Launch:
+    """Launch of ``project_output.cu``."""
+    # Tiles as large as leave every multiprocessor more than one: on an H200, 2,048 tokens of the 0.6B shape took 41, 32
+    # and 35 us with 64 x 64, 128 x 64 and 128 x 128, 1,024 tokens 21, 21 and 33.
+    for warp_m, block_n in ((32, 128), (32, 64), (16, 64)):
+        block_m = GEMM_WARPS * warp_m
+        grid = -(-rows // block_m) * -(-config.hidden_size // block_n)
+        if 2 * grid >= 3 * limits.num_sms:
+            break
+    stages, smem = _gemm_stages(block_m, block_n, limits)
+    plain = dataclasses.replace(shape, precise=False)
+    macros = _macros(plain, WARP_M=warp_m, BLOCK_N=block_n, GEMM_STAGES=stages, COLLECT=collect and 1)
+    return Launch("project_output", macros, grid, 32 * GEMM_WARPS, smem)
+
+
+def attend_prefill(
+    config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int, *, collect: bool
+) -> Launch:
+    """Launch of ``attend_prefill.cu``: of the tiles that fit, those that keep most warps on a multiprocessor."""
+    warp_m = _rows_a_warp(config.head_dim)
+    heads = batch * config.num_attention_heads
+    if warp_m == 32 and -(-seq // 128) * heads < 2 * limits.num_sms:  # too few blocks: halve them
+        warp_m = 16
+    best: tuple[int, ...] = (0,)
+    for warps in (4, 2, 1):
+        for block_n in (64, 32, 16):
+            rows = shape.parts * warps * warp_m + 2 * (shape.parts + 1) * block_n
+            smem = rows * (config.head_dim + 8) * 2
+            busy = warps * limits.blocks_a_sm(smem, 2)
+            if shape.parts == 2 and block_n == 64:  # more sums than registers
+                continue
+            best = max(best, (busy, warps, block_n, smem))
+    _, warps, block_n, smem = best
+    macros = _macros(shape, WARPS=warps, WARP_M=warp_m, BLOCK_N=block_n, WINDOW=shape.windowed and 1,
+                     COLLECT=collect and 1)  # fmt: skip
+    grid = -(-seq // (warps * warp_m)) * config.num_attention_heads * batch
+    return Launch("attend_prefill", macros, grid, 32 * warps, smem)
+
+
+def _head_tiles(config: AttentionConfig) -> int:
+    """Tiles of 8 query heads that share one read of K and V."""
+    return 1 if config.group <= 8 else 2
+
+
+def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits) -> Launch:
+    """Launch of ``attend_decode.cu``: the grid is the GPU's, whatever the lengths."""
+    dim, head_tiles = config.head_dim, _head_tiles(config)
+    rows, stride = 8 * head_tiles, dim + 8
+    kv_stride = dim if dim % 64 == 0 else stride
+    most = 4 if dim > 128 else 8 if dim > 64 else 12  # warps whose registers a multiprocessor has
+    best: tuple[int, ...] = (0,)
+    for warps in (4, 2):
+        for stages in (3, 2):
+            tile = 16 * warps
+            ring = max(stages * 2 * tile * kv_stride * 2, warps * rows * (dim + 6) * 4, rows * DECODE_MAX_RUNS * 4)
+            queries = 2 * shape.parts * rows * stride * 2 + rows * dim * 4
+            tables = tile * dim * 4 + dim * 8 + (stages + 1) * tile * 4
+            smem = ring + queries + tables
+            blocks = limits.blocks_a_sm(smem, most // warps)
+            best = max(best, (warps * blocks, stages, blocks, warps, smem))
+    _, stages, blocks, warps, smem = best
+    macros = _macros(shape, HEAD_TILES=head_tiles, WARPS=warps, STAGES=stages, BLOCKS=blocks,
+                     WINDOW=shape.windowed and 1, FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
+    return Launch("attend_decode", macros, limits.num_sms * blocks, 32 * warps, smem, overlaps=True)
+
+
+def decode_pieces(config: AttentionConfig, batch: int, grid: int) -> tuple[int, int]:
+    """Return the most shares ``attend_decode.cu`` writes, and the counters it needs."""
+    row_tiles = -(-config.group // (8 * _head_tiles(config)))
+    heads = batch * config.num_key_value_heads * row_tiles
+    return grid + heads, heads
+
+
+def share_floats(config: AttentionConfig) -> int:
+    """Return the floats of one share of ``attend_decode.cu``."""
+    return 8 * _head_tiles(config) * (config.head_dim + 2)
+
+
+def _gemv(name: str, shape: Shape, limits: Limits, batch: int, parts: int, k_size: int, grid: int) -> Launch | None:
+    smem = batch * parts * (-(-k_size // 64) * 64 + 32) * 2
+    if batch > DECODE_VECTORS or smem + GEMV_STATIC_SMEM > limits.block_smem:
+        return None
+    macros = _macros(dataclasses.replace(shape, precise=False))
+    return Launch(name, macros, grid, GEMV_THREADS, smem, overlaps=True)
+
+
+def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
+    """Launch of ``decode_project.cu``, or None for more tokens than it takes."""
+    rows = config.q_size + 2 * config.kv_size
+    return _gemv("decode_project", shape, limits, batch, 2, config.hidden_size, -(-rows // PROJECT_ROWS))
+
+
+def decode_output(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
+    """Launch of ``decode_output.cu``, or None for more tokens than it takes."""
+    return _gemv("decode_output", shape, limits, batch, 1, config.q_size, -(-config.hidden_size // OUTPUT_ROWS))
+
+
+def prefill(
+    config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int, *, past_tiles: int, collect: bool
+) -> list[Launch]:
+    """Return the launches of a call of S tokens a sequence."""
+    rows = batch * seq
+    return [
+        project_qkv(config, shape, limits, rows, past_tiles=past_tiles, batch=batch, raw=False, collect=collect),
+        attend_prefill(config, shape, limits, batch, seq, collect=collect),
+        project_output(config, shape, limits, rows, collect=collect),
+    ]
+
+
+def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> list[Launch]:
+    """Return the launches of a call of one token a sequence."""
+    first = decode_project(config, shape, limits, batch)
+    last = decode_output(config, shape, limits, batch)
+    if first is None:
+        first = project_qkv(config, shape, limits, batch, past_tiles=0, batch=batch, raw=True, collect=False)
+    if last is None:
+        last = project_output(config, shape, limits, batch, collect=False)
+    return [first, attend_decode(config, shape, limits), last]

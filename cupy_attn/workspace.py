@@ -1,0 +1,56 @@
+"""Scratch memory of the CUDA kernels, shared by all layers that run on one stream."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+
+class Workspace:
+    """Named buffers that grow and are otherwise reused: after the first call of a shape nothing is allocated.
+
+    Kernels of one stream run one after the other, so layers that share a stream can share these.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[str, Any] = {}
+        self._kept: list[Any] = []
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any, *, capturing: bool, zeroed: bool = False) -> Any:
+        """Return a buffer of at least this size as an array.
+
+        Parameters
+        ----------
+        name : str
+            Which one; ``zeroed`` ones are zero when made and left so by every kernel.
+        shape, dtype
+            Of the array.
+        capturing : bool
+            Whether the stream is being captured: a graph keeps the address, so the buffer must outlive it.
+        """
+        import cupy
+
+        dtype = np.dtype(dtype)
+        nbytes = math.prod(shape) * dtype.itemsize
+        buffer = self._buffers.get(name)
+        if buffer is None or buffer.nbytes < nbytes:
+            buffer = self._buffers[name] = (cupy.zeros if zeroed else cupy.empty)(nbytes, np.uint8)
+        if capturing and not any(kept is buffer for kept in self._kept):
+            self._kept.append(buffer)
+        return buffer[:nbytes].view(dtype).reshape(shape)
+
+    def poison(self) -> None:
+        """Fill every buffer that kernels must write before they read with 0xff bytes: NaN, for tests."""
+        for name, buffer in self._buffers.items():
+            if name != "counters":
+                buffer.fill(0xFF)
+
+
+_workspaces: dict[tuple[int, int], Workspace] = {}
+
+
+def workspace_of(device_id: int, stream: int) -> Workspace:
+    """Return the workspace of one stream (its ``ptr``) of one GPU."""
+    return _workspaces.setdefault((device_id, stream), Workspace())

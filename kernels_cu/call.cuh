@@ -1,0 +1,139 @@
+// What one call of the layer hands to its kernels, by value; launch.py holds the same layout.
+//
+// Letters as in docs/design.md: B sequences of S new tokens each, H hidden_size, Hq and Hkv heads, D head_dim.
+// -D: STORAGE (__half or __nv_bfloat16), HEAD_DIM, PARTS (1: q' and k' rounded to float16; 2: high and low halves).
+#pragma once
+#include "mma.cuh"
+
+static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head_dim must be a multiple of 16, at most 256");
+
+struct Call {
+    // The caller's.
+    const STORAGE* x;         // [B, S, H]
+    const STORAGE* residual;  // [B, S, H] or null; may be x, may be y
+    STORAGE* y;               // [B, S, H]
+    const int* positions;     // [B, S], or null: counting on from the cache
+    const int* num_tokens;    // [B], or null: S each
+    // Weights. Powers of two that keep everything within float16 are in them already and come out in the epilogues.
+    const __half* qkv_proj;               // [(Hq + 2 Hkv) D, H]
+    const __half* o_proj;                 // [H, Hq D]
+    const float* input_norm;              // [H]
+    const float* q_norm;                  // [D], times the attention factor of RoPE
+    const float* k_norm;                  // [D], likewise
+    const float* qkv_bias;                // [(Hq + 2 Hkv) D] or null
+    const float* o_bias;                  // [H] or null
+    const unsigned long long* frequency;  // [D / 2], see rope.cuh
+    // The cache.
+    STORAGE* k_cache;       // [B, Hkv, capacity, D], before norm and RoPE
+    STORAGE* v_cache;       // [B, Hkv, capacity, D]
+    int* lengths;           // [B], tokens before this call; the last kernel advances them
+    int* cached_positions;  // [B, capacity]
+    int* fault;             // [1], set if a replayed graph runs past the cache or the model's positions
+    // Scratch, shared by the layers of a stream.
+    int2* rows;         // [B S], x: place in the cache, or PADDING, or FAULT; y: position
+    __half* hidden;     // [B S, 1 or 2 parts, H]
+    __half* q;          // [PARTS, B S, Hq, D]
+    __half* k;          // [PARTS, B, Hkv, scratch_capacity, D]
+    __half* v;          // [B, Hkv, scratch_capacity, D], where storage is not float16
+    __half* attention;  // [B S, Hq D]
+    float* qkv;         // [B, (Hq + 2 Hkv) D], decode only
+    float* partial;     // shares of attend_decode.cu, decode only
+    int* counters;      // zero between kernels
+    // Stages to collect (-D COLLECT), float32, laid out as in reference.py.
+    float* stage_input_norm;
+    float* stage_q;
+    float* stage_k;
+    float* stage_v;
+    float* stage_q_norm;
+    float* stage_k_norm;
+    float* stage_q_rope;
+    float* stage_k_rope;
+    float* stage_row_max;
+    float* stage_lse;
+    float* stage_attention;
+    float* stage_output;
+    int batch;
+    int seq;
+    int hidden_size;
+    int num_q_heads;
+    int num_kv_heads;
+    int capacity;
+    int scratch_capacity;
+    int past_tiles;    // PAST_ROWS-row tiles of the longest cached sequence
+    int max_position;  // positions are below this
+    int window;        // largest difference of positions a query sees, plus one
+    float eps;         // rms_norm_eps, in units of x^2
+    float qkv_unscale;
+    float o_unscale;
+    float score_scale;  // from q' k'^T to base-2 logarithms of weights
+    float v_scale;      // on v and attention in float16
+    float hidden_unscale, q_norm_unscale, q_rope_unscale, k_norm_unscale, k_rope_unscale;  // for stages
+};
+
+// A kernel may begin before the one ahead of it in the stream has ended. Until this returns it must neither read what
+// that one writes nor write anything: only weights and tables are there already.
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Once every block has said so, the next kernel's blocks may take what room there is.
+__device__ __forceinline__ void let_next_kernel_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+
+constexpr int PADDING = -1;  // a row past its sequence's num_tokens
+constexpr int FAULT = -2;    // a row that does not fit
+
+__device__ constexpr bool is_float16(__half*) { return true; }
+__device__ constexpr bool is_float16(__nv_bfloat16*) { return false; }
+constexpr bool STORED_AS_FLOAT16 = is_float16(static_cast<STORAGE*>(nullptr));
+
+struct Sequence {
+    int past;   // tokens in the cache before this call
+    int count;  // new tokens
+    bool fault;
+};
+
+// The position of new token t of sequence b.
+__device__ __forceinline__ int new_position(const Call& call, int b, int past, int t) {
+    if (call.positions != nullptr) return call.positions[b * call.seq + t];
+    return t + (past > 0 ? call.cached_positions[static_cast<long long>(b) * call.capacity + past - 1] + 1 : 0);
+}
+
+// The host checks every call, but not the replays of a graph: what does not fit is left out whole.
+__device__ __forceinline__ Sequence sequence(const Call& call, int b) {
+    Sequence s;
+    s.past = call.lengths[b];
+    s.count = call.num_tokens != nullptr ? call.num_tokens[b] : call.seq;
+    s.fault = s.past + s.count > call.capacity ||
+              (s.count > 0 && new_position(call, b, s.past, s.count - 1) >= call.max_position);
+    if (s.fault) s.count = 0;
+    return s;
+}
+
+// Describe row m of x for the kernels that follow, and note its position in the cache; return its place there.
+__device__ __forceinline__ int describe_row(const Call& call, int m) {
+    const int b = m / call.seq, t = m % call.seq;
+    const Sequence s = sequence(call, b);
+    if (t < s.count) {
+        const int slot = s.past + t, position = new_position(call, b, s.past, t);
+        call.cached_positions[static_cast<long long>(b) * call.capacity + slot] = position;
+        call.rows[m] = make_int2(slot, position);
+        return slot;
+    }
+    call.rows[m] = make_int2(s.fault ? FAULT : PADDING, 0);
+    return s.fault ? FAULT : PADDING;
+}
+
+// Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more.
+__device__ __forceinline__ void advance_lengths(const Call& call) {
+    for (int b = threadIdx.x; b < call.batch; b += blockDim.x) {
+        const Sequence s = sequence(call, b);
+        if (s.fault) *call.fault = 1;
+        call.lengths[b] = s.past + s.count;
+    }
+}

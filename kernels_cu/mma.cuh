@@ -1,0 +1,113 @@
+// Tensor-core products of 16 x 8 x 16 tiles and the loads that feed them (PTX ISA: mma, ldmatrix, cp.async; sm_80).
+//
+// Fragments of one m16n8k16 product, in lane l of a warp:
+//   A  rows l / 4 and l / 4 + 8,  k 2 (l % 4) + {0, 1} and 8 more:  {row, row + 8} x {k, k + 8}, rows first
+//   B  column l / 4,              k 2 (l % 4) + {0, 1} and 8 more
+//   C  rows l / 4 and l / 4 + 8,  columns 2 (l % 4) + {0, 1}:       c[0], c[1] of the first row, c[2], c[3] of the second
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#define MINUS_INFINITY __int_as_float(static_cast<int>(0xff800000u))
+
+__device__ __forceinline__ unsigned shared_address(const void* p) {
+    return static_cast<unsigned>(__cvta_generic_to_shared(p));
+}
+
+// Copy 16 bytes to shared memory past L1, or write 16 zero bytes and read nothing: then `global` may point anywhere.
+__device__ __forceinline__ void copy16_async(void* shared, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 16 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copy4_async(void* shared, const void* global, bool valid) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
+                 "r"(valid ? 4 : 0) : "memory");
+}
+
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Wait until at most PENDING of the committed groups are under way.
+template <int PENDING>
+__device__ __forceinline__ void copies_wait() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit elements; lane 8 i + r gives the address of row r of matrix i.
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+
+// The same with two, addressed by lanes 0 to 15.
+__device__ __forceinline__ void load_two_matrices(unsigned& first, unsigned& second, const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(first), "=r"(second) : "r"(shared_address(row)) : "memory");
+}
+
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], const void* row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+}
+
+__device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1,
+                                             __nv_bfloat16) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+                 "{%0, %1, %2, %3};"
+                 : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    multiply_add(c, a, b0, b1, __half());
+}
+
+// Two floats to a pair of 16-bit values in one register, rounded to nearest even; `low` is the first of the two.
+__device__ __forceinline__ unsigned pack(float low, float high, __half) {
+    const __half2 pair = __floats2half2_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+__device__ __forceinline__ unsigned pack(float low, float high, __nv_bfloat16) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const unsigned*>(&pair);
+}
+
+__device__ __forceinline__ unsigned pack(float low, float high) { return pack(low, high, __half()); }
+
+__device__ __forceinline__ float2 unpack(unsigned pair, __half) {
+    return __half22float2(*reinterpret_cast<const __half2*>(&pair));
+}
+
+__device__ __forceinline__ float2 unpack(unsigned pair, __nv_bfloat16) {
+    return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
+}
+
+// What rounding a pair to 16 bits left over, itself rounded: x = high + low to twice the bits.
+template <typename T>
+__device__ __forceinline__ unsigned pack_rest(float low, float high, unsigned rounded, T type) {
+    const float2 taken = unpack(rounded, type);
+    return pack(low - taken.x, high - taken.y, type);
+}
+
+__device__ __forceinline__ unsigned pack_rest(float low, float high, unsigned rounded) {
+    return pack_rest(low, high, rounded, __half());
+}
+
+// Sum and maximum over the four lanes that hold one row of C.
+__device__ __forceinline__ float quad_sum(float value) {
+    value += __shfl_xor_sync(0xffffffffu, value, 1);
+    return value + __shfl_xor_sync(0xffffffffu, value, 2);
+}
+
+__device__ __forceinline__ float quad_max(float value) {
+    value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
+    return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
+}
