@@ -1,0 +1,89 @@
+"""Launch arithmetic without a GPU: the struct both sides share, tiles that fit every GPU, angles from integers."""
+
+from __future__ import annotations
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+from conftest import make_config
+
+import cupy_attn as ca
+from cupy_attn import cuda, kernels, launch
+from cupy_attn.bench import MODELS, model_config
+
+GPUS = {  # multiprocessors, shared memory of a block and of a multiprocessor: CUDA C++ Programming Guide
+    "sm_80": launch.Limits(108, 166912, 167936),
+    "sm_86": launch.Limits(84, 101376, 102400),
+    "sm_90": cuda.H200,
+    "sm_120": launch.Limits(170, 101376, 102400),
+}
+CONFIGS = {name: model_config(name) for name in MODELS} | {
+    f"G {group}, D {dim}": make_config(hidden_size=136, num_attention_heads=group, num_key_value_heads=1, head_dim=dim)
+    for group, dim in itertools.product((1, 5, 20), (16, 64, 80, 96, 128, 192, 256))
+}
+
+
+def test_the_struct_of_a_call_is_the_same_on_both_sides(tmp_path, monkeypatch):
+    pytest.importorskip("cupy")
+    asserts = [f"static_assert(sizeof(Call) == {launch.CALL.itemsize});"]
+    struct = re.search(r"struct Call \{(.*?)\n\};", (kernels.SOURCES / "call.cuh").read_text(), re.DOTALL)[1]
+    code = re.sub(r"//.*", "", struct)
+    assert tuple(re.findall(r"(\w+)(?=[,;])", code)) == launch.CALL.names  # fields of one size each: order is all
+    for header in kernels.SOURCES.glob("*.cuh"):
+        (tmp_path / header.name).write_bytes(header.read_bytes())
+    (tmp_path / "same.cu").write_text(
+        '#include "call.cuh"\n' + "\n".join(asserts) + '\nextern "C" __global__ void same(const Call call) {}\n'
+    )
+    monkeypatch.setattr(kernels, "SOURCES", tmp_path)
+    macros = (("HEAD_DIM", "128"), ("PARTS", "1"), ("STORAGE", "__half"))
+    assert kernels.compile_for("sm_90a", "same", macros).cubin
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_three_launches_that_fit_the_gpu(name, gpu):
+    config, limits = CONFIGS[name], GPUS[gpu]
+    if config.head_dim > 128 and limits.block_smem < 200_000 and gpu != "sm_80":
+        pytest.xfail("attend_decode with a head_dim above 128 does not fit 99 KB of shared memory yet")
+    for dtype, precise, batch, seq in itertools.product(
+        ("float16", "bfloat16"), (False, True), (1, 8, 64), (1, 2, 600)
+    ):
+        shape = launch.Shape(dtype, config.head_dim, precise, windowed=False, float32_angles=False)
+        calls = [launch.prefill(config, shape, limits, batch, seq, past_tiles=3, collect=False)]
+        if seq == 1:
+            calls.append(launch.decode(config, shape, limits, batch))
+        for launches in calls:
+            assert len(launches) == 3
+            for one in launches:
+                static = launch.GEMV_STATIC_SMEM if one.name in ("decode_project", "decode_output") else 0
+                assert one.smem_bytes + static <= limits.block_smem, one
+                assert 1 <= one.grid < 2**31
+                assert one.threads % 32 == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [({"head_dim": 24}, "head_dim is 24, not a multiple of 16"), ({"head_dim": 272}, "head_dim is 272"),
+     ({"hidden_size": 100}, "hidden_size is 100, not a multiple of 8")],
+)  # fmt: skip
+def test_what_no_kernel_takes_is_said(changes, says):
+    assert says in launch.supported(make_config(**changes), "float16")
+    assert launch.supported(make_config(), "float16") is None
+    assert "float32" in launch.supported(make_config(), "float32")
+
+
+@pytest.mark.parametrize("theta", [1e4, 1e6])
+def test_angles_from_integers_are_right_at_any_position(theta):
+    """What rope.cuh does, in NumPy's integers: turns modulo one, 23 bits of them."""
+    config = make_config(head_dim=128, rope_theta=theta, max_position_embeddings=1 << 21)
+    frequency = cuda._frequencies(config, "float64")
+    high, low = frequency >> np.uint64(32), frequency & np.uint64(0xFFFFFFFF)
+    positions = np.unique(np.r_[np.arange(300), np.geomspace(300, 2_000_000, 500).astype(np.int64)])
+    p = positions.astype(np.uint64)[:, None]
+    turn = (p * high + ((p * low + (np.uint64(256) << np.uint64(32))) >> np.uint64(32))) & np.uint64(0xFFFFFFFF)
+    angle = (turn >> np.uint64(9)).astype(np.float64) / 2**23 * 2 * np.pi
+    cos, sin = ca.rope_angles(config, positions)
+    assert np.abs(np.cos(angle) - cos).max() < 5e-7
+    assert np.abs(np.sin(angle) - sin).max() < 5e-7
