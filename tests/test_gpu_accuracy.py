@@ -151,10 +151,12 @@ def test_every_size_of_norm_weights(dtype, k_norm_max):
             assert relative_l2(got, expected[:, rows]) <= relative_l2(chain[:, rows], expected[:, rows]) / 4
 
 
-@pytest.mark.xfail(reason="by an emulation of its roundings the normal path goes up to twice past the bars here; a "
-                   "precise_threshold of 8 would keep them", strict=False)  # fmt: skip
+ONE_PEAK = pytest.mark.xfail(reason="the largest error is up to 1.2 times float16's bar; K columns of both halves, as "
+                             "bfloat16 has, or a precise_threshold of 10 would keep it", strict=False)  # fmt: skip
+
+
 @pytest.mark.parametrize("largest", [16.0, 20.0])
-@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=ONE_PEAK), "bfloat16"])
 def test_the_hardest_weights_that_the_normal_path_is_left(dtype, largest):
     """One peak carries all scores: nothing averages its rounding out."""
     weights = with_k_norm(large_weights("0.6B", dtype), largest, spread=largest / 10)
