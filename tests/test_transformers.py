@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import cupy_attn as ca
-from cupy_attn import reference
+from cupy_attn import io, reference
 from cupy_attn.accuracy import relative_l2
 from cupy_attn.arrays import as_array
+from cupy_attn.verify import verify_layer
 from cupy_attn.weights import INDEX_NAME
 
 torch = pytest.importorskip("torch")
@@ -231,3 +236,75 @@ def test_the_reference_rounded_alike_explains_the_error_of_transformers(dtype, h
         # What this package is for: at extreme weights, a quarter of that error at most.
         if K_NORM_MAXIMA[i] >= 44:
             assert relative_l2(ca.Attention(config, weights, dtype, "cpu")(x), exact) < error / 4, i
+
+
+# Dumps of a transformers model.
+
+
+@pytest.fixture
+def dump(tmp_path, monkeypatch):
+    """Return a function that runs tools/dump_transformers.py on a model and returns what it says."""
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "tools")
+    tool = pytest.importorskip("dump_transformers")
+
+    def run(model, *options, exit_code=0):
+        model.save_pretrained(tmp_path / "model")
+        out = ["--out", str(tmp_path / "dump.safetensors")]
+        result = CliRunner().invoke(tool.main, [str(tmp_path / "model"), *options, *out])
+        assert result.exit_code == exit_code, result.output
+        return result.output
+
+    return run
+
+
+def load(folder, index, dtype):
+    """Return a layer of a saved model, with angles as transformers has them."""
+    config = ca.AttentionConfig.from_pretrained(folder)
+    weights = ca.AttentionWeights.from_pretrained(folder, index)
+    return ca.Attention(config, weights, dtype, "cpu", angles="float32")
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("dense", "float32"), ("dense", "bfloat16"), ("moe", "float32")])
+def test_a_dump_holds_every_stage_as_transformers_computed_it(tmp_path, dump, kind, dtype):
+    model = make_model(kind, dtype=getattr(torch, dtype))
+    dump(model, "--layers", "0,3", "--prompt-ids", ",".join(map(str, range(2, 22))), "--steps", "3")
+    for index in (0, 3):
+        path = tmp_path / f"dump-layer{index}.safetensors"
+        found = io.load_dump(path)
+        assert found.hidden_states.shape == (1, 23, 96)
+        assert (found.positions == np.arange(23)).all()
+        assert set(found.stages) == {*reference.STAGES, "y"} - {"scores", "probs"}
+        assert (found.metadata["dtype"], found.metadata["prompt_tokens"]) == (dtype, "20")
+        assert len(json.loads(found.metadata["token_ids"])) == 23
+        assert ca.AttentionConfig.from_dict(json.loads(found.metadata["config"])).head_dim == 32
+        layer = load(tmp_path / "model", index, dtype)
+        result = verify_layer(layer, found.hidden_states, positions=found.positions, expected=found.stages,
+                              expected_dtype=dtype, angles="float32")  # fmt: skip
+        assert result.passed, [row for row in (*result.reference, *result.dump) if not row.passed]
+        assert len(result.dump) == 13
+        probs = reference.forward(layer.config, layer.weights, found.hidden_states, angles="float32")[1]["probs"]
+        entropy = -(probs * np.log(np.maximum(probs, 1e-300))).sum(-1)
+        arrays, _ = io.load_arrays(path)
+        assert np.abs(arrays["entropy"] - entropy).max() < (1e-3 if dtype == "float32" else 0.5)
+
+
+def test_a_dump_of_another_layer_departs_at_the_first_stage(tmp_path, dump):
+    dump(make_model(), "--layers", "1", "--prompt-ids", "1 2 3", "--steps", "0")
+    found = io.load_dump(tmp_path / "dump.safetensors")
+    layer = load(tmp_path / "model", 2, "float32")
+    result = verify_layer(layer, found.hidden_states, expected=found.stages, angles="float32")
+    assert next(row.stage for row in result.dump if not row.passed) == "input_norm"
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "says"),
+    [
+        (("--layers", "4", "--prompt-ids", "1"), 1, "layer 4 does not exist; the model has layers 0 to 3."),
+        (("--prompt-ids", "50"), 1, "token 50 does not exist; the vocabulary has 0 to 49."),
+        (("--prompt-ids", "1,x"), 2, "'1,x' is not a list of numbers"),
+        (("--prompt-ids", "1", "--steps", "256"), 1, "more than the model's 256 positions"),
+        ((), 2, "give the prompt once"),
+    ],
+)
+def test_what_cannot_be_dumped_is_said(dump, options, code, says):
+    assert says in dump(make_model(), *options, exit_code=code)
