@@ -308,6 +308,8 @@ def verify(
                     ("stage", "max abs", "relative L2", "bar", "verdict"),
                     [(r.stage, f"{r.max_abs:.2e}", f"{r.relative_l2:.2e}", f"{r.bar:.2e}", _verdict(r.passed))
                      for r in rows]))  # fmt: skip
+        if result.departure is not None:
+            click.echo(f"\n{result.departure.text}")
         for sentence in result.collapse:
             click.echo(f"Collapse: {sentence}")
         misses = [r.stage for r in (*result.reference, *result.dump) if not r.passed]
@@ -671,7 +673,7 @@ def _verification_json(layer: Attention, x: np.ndarray, result: Verification) ->
     return {
         "passed": result.passed, "layer": layer.layer, "dtype": str(layer.dtype), "device": layer.device,
         "shape": list(x.shape), "reference": rows(result.reference), "dump": rows(result.dump),
-        "collapse": result.collapse,
+        "departure": result.departure and dataclasses.asdict(result.departure), "collapse": result.collapse,
     }  # fmt: skip
 
 

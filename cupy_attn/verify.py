@@ -22,12 +22,39 @@ DECODE_STEPS = 4
 
 
 @dataclasses.dataclass(frozen=True)
+class Departure:
+    """The first stage that is not the dump's: where it is furthest off, and by how much.
+
+    ``where`` names an element by sequence, token, head, dim or channel; ``ours`` and ``dump`` are its values.
+    ``dtype_alone`` is the relative L2 error that rounding after every operation costs this stage in the coarser dtype.
+    """
+
+    stage: str
+    where: dict[str, int]
+    ours: float
+    dump: float
+    relative_l2: float
+    dtype: str
+    dtype_alone: float
+
+    @property
+    def text(self) -> str:
+        """A sentence or two."""
+        where = ", ".join(f"{axis} {index}" for axis, index in self.where.items())
+        return (
+            f"First departure: {self.stage}, most at {where}: {self.ours:.6g} here, {self.dump:.6g} in the dump. Its "
+            f"relative L2 is {self.relative_l2:.1e}; rounding to {self.dtype} alone explains {self.dtype_alone:.1e}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
 class Verification:
-    """Rows of the comparison with the reference, rows of that with a dump, and signs of collapse."""
+    """Rows of the comparison with the reference and of that with a dump, where the dump departs, signs of collapse."""
 
     reference: list[StageError]
     dump: list[StageError]
     collapse: list[str]
+    departure: Departure | None = None
 
     @property
     def passed(self) -> bool:
@@ -93,32 +120,61 @@ def verify_layer(
         rows.append(_decode_row(layer, x, positions, y_ref, bar))
 
     against_dump: list[StageError] = []
+    departure = None
     if expected:
-        dump_bars = _dump_bars(
+        rounding = _rounding(
             layer, x, positions, stages_ref, {layer.dtype, storage_dtype(expected_dtype or layer.dtype)}
         )
         for row in compare_stages(got, expected, bar):
-            against_dump.append(dataclasses.replace(row, bar=dump_bars[row.stage]))
-    return Verification(rows, against_dump, check_collapse(stages | {"probs": stages_ref["probs"]}))
+            against_dump.append(dataclasses.replace(row, bar=rounding[row.stage].bar + 2 * rounding[row.stage].error))
+        first = next((row for row in against_dump if not row.passed), None)
+        if first is not None:
+            departure = _departure(first, got[first.stage], expected[first.stage], rounding[first.stage])
+    return Verification(rows, against_dump, check_collapse(stages | {"probs": stages_ref["probs"]}), departure)
 
 
-def _dump_bars(
+@dataclasses.dataclass(frozen=True)
+class _Rounding:
+    """What rounding after every operation costs a stage: the dtype, its bar, the relative L2 error."""
+
+    dtype: str
+    bar: float
+    error: float
+
+
+def _rounding(
     layer: Attention,
     x: np.ndarray,
     positions: np.ndarray | None,
     exact: Mapping[str, np.ndarray],
     dtypes: set[np.dtype[Any]],
-) -> dict[str, float]:
-    """Return the bar of each stage of a dump: that of the coarsest dtype, and twice what rounding in it costs."""
-    bars: dict[str, float] = {}
+) -> dict[str, _Rounding]:
+    """Return for each stage what the coarsest of some dtypes costs, rounding as transformers does."""
+    found: dict[str, _Rounding] = {}
     compared = {name: value for name, value in exact.items() if name not in ("scores", "probs")}
     for dtype in dtypes:
         _, rounded = reference.forward(
             layer.config, layer.weights, x, positions=positions, dtype=dtype, rounding="transformers", angles="float32"
         )
         for row in compare_stages(rounded, compared, BARS[str(dtype)]):
-            bars[row.stage] = max(bars.get(row.stage, 0.0), row.bar + 2 * row.relative_l2)
-    return bars | {OUTPUT: bars["output"]}
+            costs = _Rounding(str(dtype), row.bar, row.relative_l2)
+            found[row.stage] = max(found.get(row.stage, costs), costs, key=lambda one: one.bar + 2 * one.error)
+    return found | {OUTPUT: found["output"]}
+
+
+def _departure(row: StageError, ours: Any, dump: np.ndarray, rounding: _Rounding) -> Departure:
+    """Find the element of a stage that is furthest off."""
+    mine, theirs = to_numpy(ours).astype(np.float64), dump.astype(np.float64)
+    with np.errstate(invalid="ignore"):  # Inf - Inf
+        difference = np.abs(mine - theirs)
+    at = np.unravel_index(np.argmax(np.where(np.isfinite(difference), difference, np.inf)), mine.shape)
+    axes = ["sequence", "token", "head", "dim"] if mine.ndim == 4 else ["sequence", "token", "channel"]
+    if row.stage in ("row_max", "lse"):
+        axes = ["sequence", "head", "token"]
+    where = {axis: int(index) for axis, index in zip(axes, at, strict=True)}
+    return Departure(
+        row.stage, where, float(mine[at]), float(theirs[at]), row.relative_l2, rounding.dtype, rounding.error
+    )
 
 
 def _check_stages(

@@ -374,7 +374,7 @@ def test_verify_with_tokens_cuts_the_dump_and_its_positions(small):
     assert "MISSED: lse, y;" in invoke("verify", small, path, status=1).stdout
 
 
-VERIFY_KEYS = {"passed", "layer", "dtype", "device", "shape", "reference", "dump", "collapse"}
+VERIFY_KEYS = {"passed", "layer", "dtype", "device", "shape", "reference", "dump", "departure", "collapse"}
 
 
 @pytest.mark.parametrize("stage", [*cli.RUN_STAGES, "y"])
@@ -388,12 +388,32 @@ def test_verify_names_the_stage_of_a_dump_that_is_wrong(small, stage, damage):
     path = dumped(small, **{stage: spoil})
     printed = invoke("verify", small, path, status=1).stdout
     assert f"MISSED: {stage};" in printed
+    assert f"First departure: {stage}, most at sequence 0, " in printed
     result = invoke("verify", small, path, "--json", status=1)
     told = json.loads(result.stdout, parse_constant=pytest.fail)
     assert set(told) == VERIFY_KEYS
     assert told["passed"] is False
     assert [row["stage"] for row in told["dump"] if not row["passed"]] == [stage]
     assert all(row["passed"] for row in told["reference"])
+    departure = told["departure"]
+    assert departure["stage"] == stage
+    assert set(departure["where"].values()) == {0}
+    assert departure["dtype_alone"] < departure["relative_l2"] if damage == "wrong" else departure["dump"] is None
+
+
+def test_verify_says_where_a_dump_departs(small):
+    def spoil(array):
+        array = array.copy()
+        array[0, 5, 1, 3] += 1000
+        return array
+
+    path = dumped(small, k_norm=spoil, output=lambda array: array + 1)  # k_norm comes first
+    departure = json.loads(invoke("verify", small, path, "--json", status=1).stdout)["departure"]
+    assert departure["stage"] == "k_norm"
+    assert departure["where"] == {"sequence": 0, "token": 5, "head": 1, "dim": 3}
+    assert departure["dump"] - departure["ours"] == pytest.approx(1000, abs=1)
+    assert "token 5, head 1, dim 3: " in invoke("verify", small, path, status=1).stdout
+    assert json.loads(invoke("verify", small, dumped(small), "--json").stdout)["departure"] is None
 
 
 @pytest.mark.parametrize("damage", ["wrong", "NaN"])
