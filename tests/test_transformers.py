@@ -285,7 +285,7 @@ def test_a_dump_holds_every_stage_as_transformers_computed_it(tmp_path, dump, ki
         probs = reference.forward(layer.config, layer.weights, found.hidden_states, angles="float32")[1]["probs"]
         entropy = -(probs * np.log(np.maximum(probs, 1e-300))).sum(-1)
         arrays, _ = io.load_arrays(path)
-        assert np.abs(arrays["entropy"] - entropy).max() < (1e-3 if dtype == "float32" else 0.5)
+        assert np.abs(arrays["entropy"] - entropy).max() < {"float32": 1e-5, "bfloat16": 0.1}[dtype]  # nats
 
 
 def test_a_dump_of_another_layer_departs_at_the_first_stage(tmp_path, dump):
@@ -303,6 +303,7 @@ def test_a_dump_of_another_layer_departs_at_the_first_stage(tmp_path, dump):
         (("--prompt-ids", "50"), 1, "token 50 does not exist; the vocabulary has 0 to 49."),
         (("--prompt-ids", "1,x"), 2, "'1,x' is not a list of numbers"),
         (("--prompt-ids", "1", "--steps", "256"), 1, "more than the model's 256 positions"),
+        (("--prompt-ids", "1", "--device", "nowhere"), 1, "on nowhere: "),
         ((), 2, "give the prompt once"),
     ],
 )

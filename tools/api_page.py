@@ -85,7 +85,7 @@ def page() -> str:
         thing = getattr(ca, name)
         if not callable(thing):
             continue
-        written = "" if inspect.isclass(thing) and issubclass(thing, Exception | Warning) else signature(thing)
+        written = "" if inspect.isclass(thing) and issubclass(thing, Exception) else signature(thing)
         parts.append(f"## {name}\n\n```python\n{name}{written}\n```\n\n{markdown(thing.__doc__ or '')}\n")
         if written and inspect.isclass(thing):
             for member, arguments, documented in members(thing):

@@ -189,7 +189,10 @@ def main(
     device: str,
     out: Path,
 ) -> None:
-    """Run a transformers Qwen3 MODEL, a folder or a name, and dump stages of its attention layers."""
+    """Run a transformers Qwen3 MODEL, a folder or a name, and dump stages of its attention layers.
+
+    Several layers go to files of their own, named as --out with -layerN.
+    """
     if (prompt_ids is None) == (prompt is None):
         raise click.UsageError("give the prompt once, as --prompt-ids or as --prompt.")
     if out.suffix != ".safetensors":
@@ -202,9 +205,9 @@ def main(
         raise click.ClickException(str(error)) from None
     try:
         network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
-    except (OSError, ValueError, RuntimeError) as error:
+        ids = prompt_ids or transformers.AutoTokenizer.from_pretrained(model)(prompt)["input_ids"]
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last: PyTorch without CUDA
         raise click.ClickException(f"transformers cannot load {model} on {device}: {error}") from None
-    ids = prompt_ids or transformers.AutoTokenizer.from_pretrained(model)(prompt)["input_ids"]
     if not ids:
         raise click.UsageError(f"the prompt is no token to {model}; give --prompt-ids if it has no tokenizer.")
     arrays, taken = record(network, layers, ids, steps)

@@ -46,4 +46,4 @@ def main(folder: str, steps: int = 8) -> cupy.ndarray:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

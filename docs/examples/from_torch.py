@@ -27,4 +27,4 @@ def main(folder: str) -> torch.Tensor:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])

@@ -29,4 +29,4 @@ def main(folder: str, steps: int = 3) -> np.ndarray:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1])
