@@ -1,0 +1,1 @@
+"""Into other libraries' models. Nothing here is imported unless asked for by name."""

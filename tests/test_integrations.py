@@ -1,0 +1,247 @@
+"""Patched transformers models: the same tokens and hidden states, with this package's layer in them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+import cupy_attn as ca
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+from test_transformers import make_model  # noqa: E402
+
+from cupy_attn.integrations.transformers import patch, unpatch  # noqa: E402
+
+PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [5, 3, 5], [8, 9, 7, 9, 3, 2], [3]]
+# Both compute in float32, with scores of up to a few hundred: 2e-6 each and layer.
+LOGITS_BAR = 1e-4
+
+
+def left_padded(prompts):
+    """Return ids [B, S] and attention mask of prompts padded on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[0] * (width - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts])
+    return ids, mask
+
+
+def generate(model, ids, mask=None, **options):
+    model.generation_config.pad_token_id = 0
+    mask = torch.ones_like(ids) if mask is None else mask
+    return model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, **options)
+
+
+@torch.no_grad()
+def logits(model, ids, mask=None, **options):
+    return model(ids, attention_mask=mask, **options).logits
+
+
+@pytest.fixture(params=["dense", "moe"])
+def model(request):
+    return make_model(request.param)
+
+
+def relative(a, b) -> float:
+    return float((a - b).norm() / b.norm())
+
+
+def test_a_patched_model_says_the_same(model):
+    ids = torch.tensor([PROMPTS[0]])
+    before, tokens = logits(model, ids), generate(model, ids)
+    patch(model, capacity=64)
+    assert relative(logits(model, ids), before) <= LOGITS_BAR
+    assert torch.equal(generate(model, ids), tokens)
+
+
+def test_prompts_of_unequal_lengths_each_say_what_they_say_alone(model):
+    ids, mask = left_padded(PROMPTS)
+    together = generate(model, ids, mask)
+    patch(model, capacity=64)
+    assert torch.equal(generate(model, ids, mask), together)
+    for prompt, row in zip(PROMPTS, together, strict=True):
+        alone = generate(model, torch.tensor([prompt]))
+        assert torch.equal(alone[0, len(prompt) :], row[ids.shape[1] :])
+
+
+@pytest.mark.parametrize("mask", [[1, 1, 1, 0, 0], [0, 1, 1, 1, 1], [1, 0, 1, 0, 1]])
+def test_padding_may_be_anywhere(mask):
+    model, ids = make_model(), torch.tensor([[4, 8, 15, 16, 23], [4, 8, 15, 16, 23]])
+    mask = torch.tensor([mask, [1] * 5])
+    shown = mask.bool()
+    before = logits(model, ids, mask)
+    patch(model)
+    assert relative(logits(model, ids, mask)[shown], before[shown]) <= LOGITS_BAR
+
+
+def test_a_conversation_goes_on_in_one_cache():
+    model, ids = make_model(), torch.tensor([PROMPTS[0]])
+    whole = logits(model, ids)
+    patch(model, capacity=16)
+    cache = transformers.DynamicCache(config=model.config)
+    parts = [logits(model, part, past_key_values=cache) for part in (ids[:, :3], ids[:, 3:4], ids[:, 4:])]
+    assert relative(torch.cat(parts, 1), whole) <= LOGITS_BAR
+    assert cache.get_seq_length() == 8
+    assert [layer.cache.lengths.tolist() for layer in cache.layers] == [[8]] * 4
+    cache.reset()
+    assert relative(logits(model, ids, past_key_values=cache), whole) <= LOGITS_BAR
+
+
+def test_positions_are_the_models():
+    model, ids = make_model(), torch.tensor([PROMPTS[0]])
+    positions = torch.tensor([[0, 1, 2, 10, 11, 40, 41, 42]])
+    before = logits(model, ids, position_ids=positions)
+    patch(model)
+    assert relative(logits(model, ids, position_ids=positions), before) <= LOGITS_BAR
+    assert relative(logits(model, ids), before) > LOGITS_BAR
+
+
+def test_sliding_windows_slide():
+    model = make_model(use_sliding_window=True, sliding_window=4, max_window_layers=2)
+    ids = torch.tensor([PROMPTS[0]])
+    before, tokens = logits(model, ids), generate(model, ids)
+    patch(model, capacity=64)
+    assert relative(logits(model, ids), before) <= LOGITS_BAR
+    assert torch.equal(generate(model, ids), tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_closer_to_float32_than_the_models_own(dtype):
+    ids = torch.tensor([PROMPTS[0]])
+    wide = make_model(dtype=dtype).float()
+    truth = logits(wide, ids)
+    model = make_model(dtype=dtype)
+    own = relative(logits(model, ids).float(), truth)
+    patch(model)
+    assert relative(logits(model, ids).float(), truth) < own
+
+
+def test_unpatch_gives_the_model_back(model):
+    ids = torch.tensor([PROMPTS[0]])
+    before = logits(model, ids)
+    hooks = len(model.model._forward_pre_hooks)
+    patch(model)
+    unpatch(model)
+    assert torch.equal(logits(model, ids), before)
+    assert len(model.model._forward_pre_hooks) == hooks
+    assert all("forward" not in vars(layer) for layer in model.model.layers)
+    patch(model)  # and again
+    assert relative(logits(model, ids), before) <= LOGITS_BAR
+
+
+def test_the_base_model_is_patched_too():
+    model, ids = make_model(), torch.tensor([PROMPTS[0]])
+    with torch.no_grad():
+        before = model.model(ids).last_hidden_state
+        patch(model.model)
+        assert relative(model.model(ids).last_hidden_state, before) <= LOGITS_BAR
+
+
+# What it will not do, it says.
+
+
+def test_what_cannot_be_patched_is_said():
+    model = make_model()
+    with pytest.raises(
+        ca.InputError, match=r"model is a Linear \(it has no decoder layers\); pass a transformers Qwen3"
+    ):
+        patch(torch.nn.Linear(2, 2))
+    with pytest.raises(ca.InputError, match="is not patched; there is nothing to undo"):
+        unpatch(model)
+    patch(model)
+    with pytest.raises(ca.InputError, match="is patched already; unpatch it first"):
+        patch(model)
+    with pytest.raises(ca.InputError, match="the model's dtype is float64; convert it to one of float16"):
+        patch(make_model(dtype=torch.float64))
+
+
+def test_what_a_patched_model_cannot_do_is_said():
+    model, ids = make_model(), torch.tensor([PROMPTS[0]])
+    used = transformers.DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=used)
+    static = transformers.StaticCache(config=model.config, max_cache_len=32)
+    patch(model, capacity=16)
+    with pytest.raises(ca.CacheError, match="the cache holds 8 tokens from before the model was patched; start"):
+        logits(model, ids, past_key_values=used)
+    with pytest.raises(ca.CacheError, match=r"the cache holds a Static\w+; use a DynamicCache"):
+        logits(model, ids, past_key_values=static)
+    with pytest.raises(ca.InputError, match="gradients are on; call a patched model under"):
+        model(ids)
+    with pytest.raises(ca.InputError, match=r"attention_mask is \[1, 1, 8, 8\]; a patched model takes zeros and ones"):
+        logits(model, ids, torch.ones(1, 1, 8, 8))
+    with pytest.raises(ca.InputError, match="output_attentions is set; a patched model does not keep"):
+        logits(model, ids, output_attentions=True)
+    with pytest.raises(ca.CacheError, match="beam search, assisted generation and offloading rearrange a cache"):
+        generate(model, ids, num_beams=2)
+    with pytest.raises(ca.CacheError, match=r"capacity 16 cannot take 16 \+ 1 tokens"):
+        generate(model, ids)
+    cache = transformers.DynamicCache(config=model.config)
+    logits(model, ids[:, :4], past_key_values=cache)
+    with pytest.raises(ca.InputError, match="shows 3 earlier tokens of sequence 0, its cache holds 4; show all"):
+        logits(model, ids[:, 4:5], torch.tensor([[0, 1, 1, 1, 1]]), past_key_values=cache)
+
+
+def test_the_package_does_not_import_torch():
+    code = "import sys, cupy_attn, cupy_attn.integrations; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+# On a GPU.
+
+SIZES = {
+    "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28,
+    "intermediate_size": 3072, "vocab_size": 4096, "max_position_embeddings": 4096,
+}  # fmt: skip
+# Largest |k_norm.weight| by layer, as in Qwen3-0.6B: layers 1 to 7 above 20, 16 of 28 above 10.
+MAXIMA = [96.5, 44.5, 44.0, 30.0, 41.75, 34.0, 25.0, 21.0, *[12.0] * 8, *[6.0] * 12]
+NOISE_MARGINS = 4  # logits may move by this many times their error's root mean square
+
+
+def real_model(dtype):
+    """Return a random model of the 0.6B shape on the GPU, with such norms."""
+    torch.manual_seed(0)
+    model = transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**SIZES)).eval()
+    with torch.no_grad():
+        for layer, largest in zip(model.model.layers, MAXIMA, strict=True):
+            weight = layer.self_attn.k_norm.weight
+            weight.normal_().mul_(min(largest / 10, 3)).abs_().clamp_(min=0.1)
+            weight[7] = largest
+    model = model.to(dtype).cuda()
+    model.model.rotary_emb = type(model.model.rotary_emb)(model.config).cuda()
+    return model
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_model_of_28_layers_says_what_float32_says(dtype):
+    if not torch.cuda.is_available():
+        pytest.skip("PyTorch sees no GPU")
+    ids, mask = (t.cuda() for t in left_padded([list(range(5, 5 + n)) for n in (40, 7, 23, 1)]))
+    model = real_model(getattr(torch, dtype))
+    wide = real_model(getattr(torch, dtype)).float()
+    wide.model.rotary_emb = model.model.rotary_emb
+    new = 64
+    truth = wide.generate(ids, attention_mask=mask, max_new_tokens=new, do_sample=False, pad_token_id=0)
+    shown = torch.cat([mask, torch.ones_like(truth[:, mask.shape[1] :])], 1)
+    expected = logits(wide, truth, shown)
+    own = logits(model, truth, shown).float()
+    patch(model, capacity=256)
+    ours = logits(model, truth, shown).float()
+    errors = [relative(got[shown.bool()], expected[shown.bool()]) for got in (ours, own)]
+    assert errors[0] < errors[1], errors
+    # Token by token, wherever float32 is sure of its choice by more than the dtype's noise.
+    cache, start = transformers.DynamicCache(config=model.config), mask.shape[1]
+    steps = [logits(model, truth[:, :start], shown[:, :start], past_key_values=cache)[:, -1:].float()]
+    for t in range(start, truth.shape[1] - 1):
+        part = logits(model, truth[:, t : t + 1], shown[:, : t + 1], past_key_values=cache)
+        steps.append(part.float())
+    chosen = torch.cat(steps, 1)
+    wanted = expected[:, start - 1 : -1]
+    noise = (chosen - wanted).square().mean().sqrt()
+    best = wanted.topk(2).values
+    sure = best[..., 0] - best[..., 1] > NOISE_MARGINS * noise
+    assert sure.float().mean() > 0.1
+    assert torch.equal(chosen.argmax(-1)[sure], truth[:, start:][sure])
