@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from .arrays import to_numpy
+from .errors import InputError
 
 BARS = {"float16": 1e-3, "bfloat16": 3e-3, "float32": 1e-5}
 """Largest relative L2 error of the layer against the float64 reference, by storage dtype (docs/numerics.md)."""
@@ -49,7 +50,7 @@ def max_error(actual: Any, expected: Any) -> float:
 def _float64(actual: Any, expected: Any) -> tuple[np.ndarray, np.ndarray]:
     a, e = to_numpy(actual).astype(np.float64), to_numpy(expected).astype(np.float64)
     if a.shape != e.shape:
-        raise ValueError(f"shapes differ: {a.shape} and {e.shape}; compare arrays of one shape.")
+        raise InputError(f"shapes differ: {a.shape} and {e.shape}; compare arrays of one shape.")
     return a, e
 
 

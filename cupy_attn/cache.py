@@ -308,7 +308,8 @@ class KVCache:
                                    ("lengths", lengths, want[:1])):  # fmt: skip
             if array.shape != shape:
                 raise CacheError(
-                    f"cache: stored {name} has shape {array.shape}, expected {shape}; it is of another config or batch."
+                    f"cache: stored {name} has shape {array.shape}, expected {shape}; make the cache with the config "
+                    "and batch it was stored with."
                 )
         for name, array in (("k", k), ("v", v)):
             if array.dtype != self.dtype:

@@ -419,7 +419,7 @@ def _rope(config: Mapping[str, Any], max_positions: int) -> RopeConfig:
     unknown = sorted(set(merged) - _ROPE_KEYS)
     if unknown:
         warnings.warn(
-            f"rope keys {', '.join(unknown)} are not known to this package and were ignored.",
+            f"rope keys {', '.join(unknown)} are not known to this package and were ignored; check their spelling.",
             IgnoredWarning,
             stacklevel=4,
         )

@@ -268,9 +268,11 @@ def load_cache(path: str | Path, layer: Attention, room: int) -> KVCache:
         raise FileError(f"{path} is a damaged cache ({error}); write it again.") from None
     k = arrays["k"]
     if any(arrays[name].dtype.kind not in "iu" for name in (POSITIONS, "lengths")):
-        raise CacheError(f"{path}: positions and lengths are not integers; the file is damaged.")
+        raise CacheError(f"{path}: positions and lengths are not integers; the file is damaged, write it again.")
     if k.ndim != 4 or k.shape[0] < 1 or k.dtype not in STORAGE_DTYPES.values():
-        raise CacheError(f"{path}: k has shape {list(k.shape)} and dtype {k.dtype}; the file is damaged.")
+        raise CacheError(
+            f"{path}: k has shape {list(k.shape)} and dtype {k.dtype}; the file is damaged, write it again."
+        )
     stored = KVCache(stored_config, stored_layer, batch=k.shape[0], capacity=1, dtype=k.dtype)
     stored.check_config(layer.config, layer.layer, layer.dtype)
     cache = layer.new_cache(k.shape[0], k.shape[1] + room)

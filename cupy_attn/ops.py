@@ -94,7 +94,7 @@ def split_heads(qkv: Any, num_attention_heads: int, num_key_value_heads: int, he
     if qkv.shape[-1] != total * head_dim:
         raise InputError(
             f"split_heads: rows have {qkv.shape[-1]} columns, {num_attention_heads} + 2 x {num_key_value_heads} heads "
-            f"of {head_dim} need {total * head_dim}."
+            f"of {head_dim} need {total * head_dim}; pass the model's head counts and head_dim."
         )
     heads = qkv.reshape(*qkv.shape[:-1], total, head_dim)
     last_q, last_k = num_attention_heads, num_attention_heads + num_key_value_heads

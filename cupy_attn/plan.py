@@ -50,9 +50,13 @@ def check_hidden(name: str, x: Any, dtype: np.dtype[Any], shape: tuple[int | Non
     wanted = "[" + ", ".join(s if n is None else str(n) for n, s in zip(shape, "BSH", strict=True)) + "]"
     fits = array.ndim == 3 and all(n is None or n == got for n, got in zip(shape, array.shape, strict=True))
     if not fits:
-        raise InputError(
-            f"{name} has shape {list(array.shape)}, expected {wanted}; reshape it to [batch, tokens, hidden]."
-        )
+        if array.ndim != 3:
+            cure = "reshape it to [batch, tokens, hidden]"
+        elif array.shape[-1] != shape[-1]:
+            cure = f"the model's hidden_size is {shape[-1]}, take activations of this model"
+        else:
+            cure = "give it the shape of x"
+        raise InputError(f"{name} has shape {list(array.shape)}, expected {wanted}; {cure}.")
     if array.size == 0:
         raise InputError(f"{name} has shape {list(array.shape)} and holds no token; pass at least one.")
     if array.dtype != dtype:

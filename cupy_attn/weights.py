@@ -260,7 +260,7 @@ class AttentionWeights:
         elif present:
             warnings.warn(
                 f"layer {layer} holds biases of {', '.join(f'{p}_proj' for p in present)} but attention_bias is false; "
-                "they were ignored.",
+                "they were ignored, set it to true if the model was trained with them.",
                 IgnoredWarning,
                 stacklevel=2,
             )

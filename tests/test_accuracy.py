@@ -45,7 +45,7 @@ def test_zero_and_nothing(measure):
 
 @pytest.mark.parametrize("measure", [relative_l2, max_error])
 def test_shapes_are_never_broadcast(measure):
-    with pytest.raises(ValueError, match=r"shapes differ: \(2, 3\) and \(3,\)"):
+    with pytest.raises(ca.InputError, match=r"shapes differ: \(2, 3\) and \(3,\)"):
         measure(np.ones((2, 3)), np.ones(3))
 
 

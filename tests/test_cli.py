@@ -567,7 +567,8 @@ def test_warnings_are_lines_and_progress_is_for_terminals_only(small, tmp_path, 
     io.save_arrays(small / "model.safetensors", tensors)
     result = invoke("run", small, small / "x.npy")
     assert result.stderr.splitlines() == [
-        "Warning: layer 0 holds biases of q_proj but attention_bias is false; they were ignored."
+        "Warning: layer 0 holds biases of q_proj but attention_bias is false; they were ignored, set it to true if "
+        "the model was trained with them."
     ]
 
 

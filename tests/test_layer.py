@@ -763,14 +763,14 @@ READ_ONLY.flags.writeable = False
 
 REFUSALS = [
     ({"x": z(3, 96)}, "x has shape [3, 96], expected [B, S, 96]; reshape it to [batch, tokens, hidden]"),
-    ({"x": z(2, 3, 95)}, "x has shape [2, 3, 95], expected [B, S, 96]"),
+    ({"x": z(2, 3, 95)}, "x has shape [2, 3, 95], expected [B, S, 96]; the model's hidden_size is 96, take"),
     ({"x": z(2, 0, 96)}, "x has shape [2, 0, 96] and holds no token; pass at least one"),
     ({"x": z(0, 3, 96)}, "holds no token"),
     ({"x": z(2, 3, 96, dtype=np.float16)}, "x is float16, the layer is float32; convert it with astype or make"),
     ({"x": z(2, 3, 96, dtype=np.float64)}, "x is float64, the layer is float32"),
     ({"x": z(2, 3, 96, dtype=ml_dtypes.bfloat16)}, "x is bfloat16, the layer is float32"),
     ({"x": z(2, 3, 96).tolist()}, "x is a list; pass a NumPy or CuPy array"),
-    ({"residual": z(2, 2, 96)}, "residual has shape [2, 2, 96], expected [2, 3, 96]"),
+    ({"residual": z(2, 2, 96)}, "residual has shape [2, 2, 96], expected [2, 3, 96]; give it the shape of x"),
     ({"residual": z(2, 3, 96, dtype=np.float16)}, "residual is float16, the layer is float32"),
     ({"residual": 1.0}, "residual is a float; pass a NumPy or CuPy array"),
     ({"out": z(1, 3, 96)}, "out has shape [1, 3, 96], expected [2, 3, 96]"),

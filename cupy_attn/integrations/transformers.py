@@ -175,9 +175,19 @@ def _current_stream(tensor: torch.Tensor) -> Iterator[None]:
         return
     import cupy
 
-    stream = torch.cuda.current_stream(tensor.device)
-    with cupy.cuda.Device(tensor.device.index), cupy.cuda.ExternalStream(stream.cuda_stream):
+    stream = _Stream(torch.cuda.current_stream(tensor.device))
+    with cupy.cuda.Device(tensor.device.index), cupy.cuda.Stream.from_external(stream):
         yield
+
+
+class _Stream:
+    """A PyTorch stream by the CUDA stream protocol, which older versions lack."""
+
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self._stream = stream
+
+    def __cuda_stream__(self) -> tuple[int, int]:
+        return 0, self._stream.cuda_stream
 
 
 class _Step:
