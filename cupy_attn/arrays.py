@@ -101,15 +101,43 @@ class _DLTensor(ctypes.Structure):
     )
 
 
+class _DLVersioned(ctypes.Structure):
+    """``DLManagedTensorVersioned`` of dlpack.h, a ``dltensor_versioned`` capsule."""
+
+    _fields_ = (
+        ("version", ctypes.c_uint32 * 2),
+        ("manager", ctypes.c_void_p),
+        ("deleter", ctypes.c_void_p),
+        ("flags", ctypes.c_uint64),
+        ("tensor", _DLTensor),
+    )
+
+
+_DLPACK_READ_ONLY = 1
+
+
+def _dltensor(x: Any) -> tuple[Any, _DLTensor, bool]:
+    """Return a capsule of x, what it describes, and whether that must not be written; before version 1 none says."""
+    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+    try:
+        capsule = x.__dlpack__(max_version=(1, 0))
+    except (TypeError, BufferError):  # older than that
+        capsule = x.__dlpack__()
+    is_valid = ctypes.pythonapi.PyCapsule_IsValid
+    is_valid.argtypes = [ctypes.py_object, ctypes.c_char_p]
+    if not is_valid(capsule, b"dltensor_versioned"):
+        return capsule, _DLTensor.from_address(get_pointer(capsule, b"dltensor")), False
+    managed = _DLVersioned.from_address(get_pointer(capsule, b"dltensor_versioned"))
+    return capsule, managed.tensor, bool(managed.flags & _DLPACK_READ_ONLY)
+
+
 def _numpy_from_dlpack(x: Any) -> np.ndarray:
     """Like ``np.from_dlpack``, which does not know bfloat16."""
     try:
         return np.from_dlpack(x)
     except (BufferError, RuntimeError):
-        capsule = x.__dlpack__()
-    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-    tensor = _DLTensor.from_address(get_pointer(capsule, b"dltensor"))
+        capsule, tensor, read_only = _dltensor(x)
     if (tensor.code, tensor.bits, tensor.lanes) != (_DLPACK_BFLOAT, 16, 1):
         raise BufferError(f"its DLPack dtype (code {tensor.code}, {tensor.bits} bits) is not a float NumPy has")
     shape = tuple(tensor.shape[i] for i in range(tensor.ndim))
@@ -124,4 +152,6 @@ def _numpy_from_dlpack(x: Any) -> np.ndarray:
     items = 1 + sum((n - 1) * s // 2 for n, s in zip(shape, strides, strict=True))
     buffer = (ctypes.c_uint16 * items).from_address(tensor.data + tensor.byte_offset)
     buffer.capsule = capsule  # the unconsumed capsule frees the tensor when the last view of it goes
-    return np.ndarray(shape, np.uint16, buffer, strides=strides).view(BFLOAT16)
+    array = np.ndarray(shape, np.uint16, buffer, strides=strides).view(BFLOAT16)
+    array.flags.writeable = not read_only
+    return array

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import inspect
 import weakref
 
 import ml_dtypes
 import numpy as np
 import pytest
+from conftest import make_config, make_weights
 
 import cupy_attn as ca
-from cupy_attn.arrays import BFLOAT16, _DLTensor, as_array, is_cupy, namespace, storage_dtype, to_numpy
+from cupy_attn.arrays import BFLOAT16, _DLTensor, _DLVersioned, as_array, is_cupy, namespace, storage_dtype, to_numpy
 
 NAMES = ("float32", "float16", "bfloat16")
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
@@ -98,6 +100,32 @@ def test_the_bfloat16_capsule_dies_with_the_last_view():
     del view
     gc.collect()
     assert watched() is None
+
+
+def test_what_says_it_must_not_be_written_is_not():
+    """JAX arrays do not change, and say so from version 1 of DLPack on."""
+    torch = pytest.importorskip("torch")
+
+    class Exporter:
+        tensor = torch.zeros(1, 1, 64, dtype=torch.bfloat16)
+        shape = tensor.shape
+        __dlpack_device__ = tensor.__dlpack_device__
+
+        def __dlpack__(self, *, max_version=None, **keywords):
+            capsule = self.tensor.__dlpack__(max_version=(1, 0))
+            get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
+            get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+            _DLVersioned.from_address(get_pointer(capsule, b"dltensor_versioned")).flags |= 1
+            return capsule
+
+    if "max_version" not in inspect.signature(torch.Tensor.__dlpack__).parameters:
+        pytest.skip("this PyTorch exports DLPack before version 1")
+    assert not as_array("x", Exporter()).flags.writeable
+    config = make_config(hidden_size=64)
+    layer = ca.Attention(config, make_weights(config, dtype="bfloat16"), "bfloat16", "cpu")
+    with pytest.raises(ca.InputError, match="out is read-only; pass a writable array"):
+        layer(torch.ones_like(Exporter.tensor), out=Exporter())
+    assert not Exporter.tensor.any()
 
 
 def test_a_byte_offset_is_counted():
