@@ -34,6 +34,20 @@ def relative_l2(actual: Any, expected: Any) -> float:
     return 0.0 if error == 0 else error / norm if norm else float("inf")
 
 
+def relative_l2_along(actual: Any, expected: Any, axis: int) -> np.ndarray:
+    """Return the relative L2 error at every index of one axis, over all others, float64; inf where it is no number.
+
+    Parameters
+    ----------
+    actual, expected : array_like
+        Of equal shapes, as :func:`relative_l2` takes them.
+    axis : int
+        The axis that is kept, such as that of tokens.
+    """
+    a, e = (np.moveaxis(array, axis, 0) for array in _float64(actual, expected))
+    return np.array([relative_l2(*pair) for pair in zip(a, e, strict=True)])
+
+
 def max_error(actual: Any, expected: Any) -> float:
     """Return max |actual - expected| / max |expected| in float64; inf where it is not a number."""
     a, e = _float64(actual, expected)

@@ -202,13 +202,18 @@ def check_output(path: str | Path, count: int = 1) -> Path:
         raise FileError(f"{path} is none of {', '.join(FORMATS)}; choose one of these endings.")
     if path.suffix == ".npy" and count != 1:
         raise FileError(f"{path} would hold {count} arrays and a .npy holds one; use .npz or .safetensors.")
+    check_place(path)
+    return path
+
+
+def check_place(path: Path) -> None:
+    """Check, before any work is done, that a file can be written there."""
     if path.is_dir():
         raise FileError(f"{path} is a folder; name a file.")
     if not path.absolute().parent.is_dir():
         raise FileError(f"{path.parent} does not exist; make the folder first.")
     if not os.access(path.absolute().parent, os.W_OK):
         raise FileError(f"{path.parent} is not writable; name another place.")
-    return path
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:

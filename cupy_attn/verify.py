@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from . import reference
-from .accuracy import BARS, MAX_ERROR_BARS, StageError, check_collapse, compare_stages, max_error
+from .accuracy import BARS, MAX_ERROR_BARS, StageError, check_collapse, compare_stages, max_error, relative_l2_along
 from .arrays import BFLOAT16, storage_dtype, to_numpy
 from .config import AttentionConfig
 from .errors import InputError
@@ -49,12 +49,19 @@ class Departure:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """Rows of the comparison with the reference and of that with a dump, where the dump departs, signs of collapse."""
+    """Rows of the comparison with the reference and of that with a dump, where the dump departs, signs of collapse.
+
+    ``positions`` [B, S] are those of the tokens compared; ``y_by_token`` [S] is the relative L2 error of y against the
+    reference at each of them, over all sequences, and ``dump_by_token`` that of every stage of the dump.
+    """
 
     reference: list[StageError]
     dump: list[StageError]
     collapse: list[str]
-    departure: Departure | None = None
+    departure: Departure | None
+    positions: np.ndarray
+    y_by_token: np.ndarray
+    dump_by_token: dict[str, np.ndarray]
 
     @property
     def passed(self) -> bool:
@@ -130,7 +137,18 @@ def verify_layer(
         first = next((row for row in against_dump if not row.passed), None)
         if first is not None:
             departure = _departure(first, got[first.stage], expected[first.stage], rounding[first.stage])
-    return Verification(rows, against_dump, check_collapse(stages | {"probs": stages_ref["probs"]}), departure)
+    return Verification(
+        rows,
+        against_dump,
+        check_collapse(stages | {"probs": stages_ref["probs"]}),
+        departure,
+        positions=np.broadcast_to(np.arange(seq), (batch, seq)) if positions is None else positions,
+        y_by_token=relative_l2_along(y, y_ref, 1),
+        dump_by_token={
+            row.stage: relative_l2_along(got[row.stage], expected[row.stage], _token_axis(row.stage))
+            for row in against_dump
+        },
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,11 +213,16 @@ def _check_stages(
     return stages
 
 
+def _token_axis(name: str) -> int:
+    """Return the axis of tokens: 2 in row statistics [B, Hq, S] and in [B, Hq, S, T], else 1, [B, S, ...]."""
+    return 2 if name in ("scores", "row_max", "lse", "probs") else 1
+
+
 def _first_tokens(name: str, stage: np.ndarray, tokens: int | None) -> np.ndarray:
-    """Cut a stage [B, S, ...], or [B, Hq, S] of row statistics, or [B, Hq, S, T], to its first tokens."""
-    if name in ("row_max", "lse"):
-        return stage[:, :, :tokens]
-    return stage[:, :, :tokens, :tokens] if name in ("scores", "probs") else stage[:, :tokens]
+    """Cut a stage to its first tokens, as queries and as keys."""
+    if _token_axis(name) == 1:
+        return stage[:, :tokens]
+    return stage[:, :, :tokens, :tokens] if name in ("scores", "probs") else stage[:, :, :tokens]
 
 
 def _decode_row(

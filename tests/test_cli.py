@@ -19,6 +19,7 @@ from cupy_attn import cli, cuda, demo, io, reference
 from cupy_attn.accuracy import BARS, relative_l2
 from cupy_attn.arrays import BFLOAT16, STORAGE_DTYPES
 from cupy_attn.cpu import CpuBackend
+from cupy_attn.verify import verify_layer
 from cupy_attn.weights import INDEX_NAME
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -450,6 +451,70 @@ def test_verify_refuses_more_tokens_than_the_reference_takes(small, tmp_path):
     invoke("verify", small, tmp_path / "long.npy", "--tokens", 10)
 
 
+def test_errors_by_token_are_those_of_the_token(small):
+    def spoil(axis):
+        return lambda array: np.where(np.arange(7).reshape([-1] + [1] * (array.ndim - axis - 1)) == 5, np.nan, array)
+
+    dump = io.load_dump(dumped(small, k_norm=spoil(1), lse=spoil(2)))
+    dump.stages["y"][0, 2] *= 3
+    layer = layer_of(small)
+    result = verify_layer(layer, dump.hidden_states, positions=np.arange(7) + 9, expected=dump.stages)
+    assert result.positions.tolist() == [list(range(9, 16))]
+    assert result.y_by_token.shape == (7,)
+    assert (result.y_by_token <= BARS["float32"]).all()
+    for stage in ("k_norm", "lse"):
+        assert np.isinf(result.dump_by_token[stage]).tolist() == [i == 5 for i in range(7)]
+    off = result.dump_by_token["y"]
+    assert off[2] == pytest.approx(2 / 3, rel=1e-3)
+    assert (off[[0, 1, 3, 4, 5, 6]] < 1e-4).all()
+
+
+def png_size(path) -> tuple[int, int]:
+    """Return width and height of a PNG that is whole and not blank."""
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert data.endswith(b"IEND\xaeB`\x82")
+    image = pytest.importorskip("matplotlib.image").imread(path)
+    assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 10
+    return image.shape[1], image.shape[0]
+
+
+@pytest.mark.parametrize("options", [[], ["--tokens", "1"], ["--dtype", "float16"]])
+def test_verify_draws_a_png(small, tmp_path, options):
+    pytest.importorskip("matplotlib")
+    for source in (small / "x.npy", dumped(small)):
+        printed = invoke("verify", small, source, "--plot", tmp_path / "v.png", *options).stdout
+        assert printed.endswith(f"Wrote {tmp_path / 'v.png'}.\n")
+        assert png_size(tmp_path / "v.png") == (1560, 780)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_verify_draws_a_miss_too(small, tmp_path, bad):
+    def spoil(array):
+        array = array.copy()
+        array[0, 3] = bad
+        return array
+
+    pytest.importorskip("matplotlib")
+    path = dumped(small, attention=spoil, v=lambda array: array * np.nan)
+    invoke("verify", small, path, "--plot", tmp_path / "v.png", "--json", status=1)
+    assert png_size(tmp_path / "v.png") == (1560, 780)
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_run(small, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(reference, "forward", lambda *args, **options: pytest.fail("ran"))
+    for command in (("verify", small, small / "x.npy"), ("inspect", small)):
+        refused(*command, "--plot", tmp_path / "k.pdf", says=".png", where=tmp_path)
+        refused(*command, "--plot", small, says=".png", where=tmp_path)
+        refused(*command, "--plot", tmp_path / "absent" / "k.png", says="make the folder first", where=tmp_path)
+        (tmp_path / "k.png").mkdir(exist_ok=True)
+        refused(*command, "--plot", tmp_path / "k.png", says="k.png is a folder", where=tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for command in (("verify", small, small / "x.npy"), ("inspect", small)):
+        refused(*command, "--plot", tmp_path / "v.png", says="pip install 'cupy-attn[plot]'.", where=tmp_path)
+
+
 # inspect, doctor, bench
 
 
@@ -485,17 +550,7 @@ def test_inspect_refuses_nan_weights(tmp_path):
 def test_inspect_draws_a_png(small, tmp_path):
     pytest.importorskip("matplotlib")
     assert f"Wrote {tmp_path / 'k.png'}." in invoke("inspect", small, "--plot", tmp_path / "k.png").stdout
-    data = (tmp_path / "k.png").read_bytes()
-    assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    assert data.endswith(b"IEND\xaeB`\x82")
-    refused("inspect", small, "--plot", tmp_path / "k.pdf", says=".png", where=tmp_path)
-    refused("inspect", small, "--plot", tmp_path / "k.png" / "k.png", says="cannot be written", where=tmp_path)
-    refused("inspect", small, "--plot", tmp_path / "absent" / "k.png", says="cannot be written", where=tmp_path)
-
-
-def test_inspect_without_matplotlib_says_what_to_install(small, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    refused("inspect", small, "--plot", tmp_path / "k.png", says="cupy-attn[plot]", where=tmp_path)
+    assert png_size(tmp_path / "k.png") == (1200, 780)
 
 
 def test_doctor_finds_this_machine_healthy():
