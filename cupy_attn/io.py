@@ -170,6 +170,24 @@ def check_activations(name: str, x: np.ndarray, hidden_size: int | None = None) 
     return x[None] if x.ndim == 2 else x
 
 
+def check_stages(
+    stages: Mapping[str, np.ndarray], config: AttentionConfig, batch: int, seq: int
+) -> Mapping[str, np.ndarray]:
+    """Return a dump's stages after checking that each holds numbers in the layer's shape."""
+    hidden, rows = (batch, seq, config.hidden_size), (batch, config.num_attention_heads, seq)
+    q, kv = (batch, seq, rows[1], config.head_dim), (batch, seq, config.num_key_value_heads, config.head_dim)
+    shapes = {"input_norm": hidden, "q": q, "k": kv, "v": kv, "q_norm": q, "k_norm": kv, "q_rope": q, "k_rope": kv,
+              "scores": (*rows, seq), "row_max": rows, "lse": rows, "probs": (*rows, seq), "attention": q,
+              "output": hidden, OUTPUT: hidden}  # fmt: skip
+    for name, stage in stages.items():
+        if stage.shape != shapes[name] or (stage.dtype.kind not in "fiu" and stage.dtype != BFLOAT16):
+            raise InputError(
+                f"the dump's {name} has shape {list(stage.shape)} and dtype {stage.dtype}, the layer gives floats of "
+                f"shape {list(shapes[name])}; dump it again, from this layer."
+            )
+    return stages
+
+
 def save_arrays(path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write arrays as .npy (exactly one), .npz or .safetensors; the file appears whole or not at all.
 

@@ -10,10 +10,9 @@ import numpy as np
 
 from . import reference
 from .accuracy import BARS, MAX_ERROR_BARS, StageError, check_collapse, compare_stages, max_error, relative_l2_along
-from .arrays import BFLOAT16, storage_dtype, to_numpy
-from .config import AttentionConfig
+from .arrays import storage_dtype, to_numpy
 from .errors import InputError
-from .io import OUTPUT
+from .io import OUTPUT, check_stages
 from .layer import Attention
 from .plan import check_positions
 
@@ -108,7 +107,7 @@ def verify_layer(
     if positions is not None:
         cache, counts = layer.new_cache(batch, 1), np.full(batch, seq)
         positions = check_positions(positions, layer.config, cache, counts, seq)[:, :tokens]
-    expected = _check_stages(expected or {}, layer.config, batch, seq)
+    expected = check_stages(expected or {}, layer.config, batch, seq)
     expected = {name: _first_tokens(name, stage, tokens) for name, stage in expected.items()}
     x = x[:, :tokens]
     seq = x.shape[1]
@@ -193,24 +192,6 @@ def _departure(row: StageError, ours: Any, dump: np.ndarray, rounding: _Rounding
     return Departure(
         row.stage, where, float(mine[at]), float(theirs[at]), row.relative_l2, rounding.dtype, rounding.error
     )
-
-
-def _check_stages(
-    stages: Mapping[str, np.ndarray], config: AttentionConfig, batch: int, seq: int
-) -> Mapping[str, np.ndarray]:
-    """Return a dump's stages after checking that each holds numbers in the layer's shape."""
-    hidden, rows = (batch, seq, config.hidden_size), (batch, config.num_attention_heads, seq)
-    q, kv = (batch, seq, rows[1], config.head_dim), (batch, seq, config.num_key_value_heads, config.head_dim)
-    shapes = {"input_norm": hidden, "q": q, "k": kv, "v": kv, "q_norm": q, "k_norm": kv, "q_rope": q, "k_rope": kv,
-              "scores": (*rows, seq), "row_max": rows, "lse": rows, "probs": (*rows, seq), "attention": q,
-              "output": hidden, OUTPUT: hidden}  # fmt: skip
-    for name, stage in stages.items():
-        if stage.shape != shapes[name] or (stage.dtype.kind not in "fiu" and stage.dtype != BFLOAT16):
-            raise InputError(
-                f"the dump's {name} has shape {list(stage.shape)} and dtype {stage.dtype}, the layer gives floats of "
-                f"shape {list(shapes[name])}; dump it again, from this layer."
-            )
-    return stages
 
 
 def _token_axis(name: str) -> int:
