@@ -11,11 +11,13 @@ import numpy as np
 from .accuracy import StageError
 from .config import AttentionConfig
 from .errors import FileError
+from .health import HeadHealth, Rows
 from .io import OUTPUT, check_place, write_whole
 from .verify import Verification
 
 BLUE, ORANGE, RED = "tab:blue", "tab:orange", "tab:red"
 STAGE_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "0.5")
+MOST_INCHES = 500  # of a figure's height: Agg draws up to 65535 pixels
 LARGE_MARKS = 64  # tokens up to which the points of a curve are large
 
 
@@ -144,8 +146,7 @@ def _token_curves(axes: Any, result: Verification) -> None:
     """Draw the error of y against the reference, of each stage against the dump, and the bars of y."""
     from matplotlib.ticker import MaxNLocator
 
-    shared = bool((result.positions == result.positions[0]).all())
-    x = result.positions[0] if shared else np.arange(len(result.y_by_token))
+    x, label_x = _shared_positions(result.positions)
     size = 6 if len(x) <= LARGE_MARKS else 3
     every = np.stack([result.y_by_token, *result.dump_by_token.values()])
     measured = every[(every > 0) & np.isfinite(every)]
@@ -179,6 +180,51 @@ def _token_curves(axes: Any, result: Verification) -> None:
     axes.set_ylabel(
         "relative L2 error at the token (no unit)" + ("; 0 at the lower edge" if (every == 0).any() else "")
     )
-    axes.set_xlabel("position (tokens)" if shared else "token of each sequence")
+    axes.set_xlabel(label_x)
     axes.set_xlim(x[0] - 0.5, x[-1] + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+def _shared_positions(positions: np.ndarray) -> tuple[np.ndarray, str]:
+    """Return the positions [S] of all sequences, or the index of their tokens where they differ, and what it is."""
+    if (positions == positions[0]).all():
+        return positions[0], "position (tokens)"
+    return np.arange(positions.shape[1]), "token of each sequence"
+
+
+def entropy_plot(
+    panels: Sequence[tuple[str, Rows, Sequence[HeadHealth], np.ndarray]], caption: str, path: Path
+) -> None:
+    """Draw the relative entropy of every head by position, a mean over sequences; a panel for each dump.
+
+    Parameters
+    ----------
+    panels : sequence of (title, rows, heads, positions)
+        What was measured; positions are [B, S].
+    caption : str
+        Below the picture.
+    path : Path
+        Of the .png.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    heights = [min(0.28 * len(heads), 9.0) + 1.2 for _, _, heads, _ in panels]
+    figure = _new_figure(11, min(sum(heights) + 0.4, MOST_INCHES), caption)
+    column = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
+    for axes, (title, rows, heads, positions) in zip(column, panels, strict=True):
+        x, label_x = _shared_positions(positions)
+        values = np.ma.masked_invalid(rows.relative_entropy).mean(axis=0)  # [Hq, S]
+        edges = np.concatenate([x[:1] - 0.5, (x[:-1] + x[1:]) / 2, x[-1:] + 0.5])
+        axes.set_facecolor("0.8")
+        mesh = axes.pcolormesh(edges, np.arange(len(heads) + 1) - 0.5, values, vmin=0, vmax=1, cmap="viridis")
+        if len(heads) <= 32:
+            axes.set_yticks(range(len(heads)), [", ".join((str(head.head), *head.flags)) for head in heads])
+            for tick, head in zip(axes.get_yticklabels(), heads, strict=True):
+                tick.set_color(RED if head.flags else "black")
+        axes.invert_yaxis()
+        axes.set_ylabel("head")
+        axes.set_xlabel(label_x)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+        axes.set_title(f"Entropy of attention: {title}")
+        figure.colorbar(mesh, ax=axes, label="entropy / ln(keys seen)", pad=0.01)
+    _save(figure, path)
