@@ -35,6 +35,20 @@ def relative_l2(actual: Any, expected: Any) -> float:
     return 0.0 if error == 0 else error / norm if norm else float("inf")
 
 
+def relative_l2_along(actual: Any, expected: Any, axis: int) -> np.ndarray:
+    """Return the relative L2 error at every index of one axis, over all others, float64; inf where it is no number.
+
+    Parameters
+    ----------
+    actual, expected : array_like
+        Of equal shapes, as :func:`relative_l2` takes them.
+    axis : int
+        The axis that is kept, such as that of tokens.
+    """
+    a, e = (np.moveaxis(array, axis, 0) for array in _float64(actual, expected))
+    return np.array([relative_l2(*pair) for pair in zip(a, e, strict=True)])
+
+
 def max_error(actual: Any, expected: Any) -> float:
     """Return max |actual - expected| / max |expected| in float64; inf where it is not a number."""
     a, e = _float64(actual, expected)
@@ -84,7 +98,7 @@ def compare_stages(actual: Mapping[str, Any], expected: Mapping[str, Any], bar: 
 
 # What counts as collapsed: see check_collapse.
 SINGLE_KEY_WEIGHT = 0.99
-SINGLE_KEY_ROWS = 0.95
+NEARLY_ALL_ROWS = 0.95
 UNIFORM_ENTROPY = 0.99
 MIN_KEYS = 8  # rows that see fewer keys say nothing about a head
 
@@ -137,13 +151,30 @@ def _collapsed_heads(probs: np.ndarray, visible: np.ndarray) -> list[str]:
         rows, seen = rows[seen >= MIN_KEYS], seen[seen >= MIN_KEYS]
         if len(rows) < MIN_KEYS:
             continue
-        winner, share = rows.argmax(axis=1), rows.max(axis=1) > SINGLE_KEY_WEIGHT
-        if share.mean() >= SINGLE_KEY_ROWS:
-            key = int(np.bincount(winner[share]).argmax())
-            if (winner[share] == key).mean() >= SINGLE_KEY_ROWS:
-                found.append(f"probs: head {h} gives key {key} more than {SINGLE_KEY_WEIGHT} of the weight in "
-                             f"{share.mean():.0%} of rows.")  # fmt: skip
-        entropy = -(rows * np.log(np.where(rows > 0, rows, 1.0))).sum(axis=1) / np.log(seen)
-        if (entropy > UNIFORM_ENTROPY).mean() >= SINGLE_KEY_ROWS:
+        winner, share = rows.argmax(axis=1), rows.max(axis=1)
+        key = collapsed_key(winner, share)
+        if key is not None:
+            found.append(f"probs: head {h} gives key {key} more than {SINGLE_KEY_WEIGHT} of the weight in "
+                         f"{(share > SINGLE_KEY_WEIGHT).mean():.0%} of rows.")  # fmt: skip
+        if is_uniform(-(rows * np.log(np.where(rows > 0, rows, 1.0))).sum(axis=1) / np.log(seen)):
             found.append(f"probs: head {h} is uniform over the keys it sees in nearly all rows.")
     return found
+
+
+def collapsed_key(top_key: np.ndarray, top_weight: np.ndarray) -> int | None:
+    """Return the key that takes nearly all the weight in nearly all rows, None if no key does.
+
+    Parameters
+    ----------
+    top_key, top_weight : ndarray [R] of int, [R]
+        The key with most weight in each row of a head, and that weight.
+    """
+    winners = top_key[top_weight > SINGLE_KEY_WEIGHT]
+    counts = np.bincount(winners) if winners.size else np.zeros(1)
+    key = int(counts.argmax())
+    return key if counts[key] > NEARLY_ALL_ROWS * top_key.size else None
+
+
+def is_uniform(relative_entropy: np.ndarray) -> bool:
+    """Return whether nearly all rows [R] of a head have nearly the entropy, over the most possible, of 1."""
+    return bool((relative_entropy > UNIFORM_ENTROPY).sum() > NEARLY_ALL_ROWS * relative_entropy.size)

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 import errno
 import functools
-import json
-import math
 import re
 import shlex
 import sys
@@ -25,14 +23,17 @@ from . import demo as demo_model
 from .arrays import STORAGE_DTYPES, to_numpy
 from .bench import MODELS, Timing, model_config, run_bench
 from .cache import KVCache
+from .cli_inspect import inspect
 from .config import AttentionConfig
 from .errors import CupyAttnError, CupyAttnWarning, DeviceError, FileError, InputError
 from .layer import DEVICES, Attention
 from .plan import check_cache, check_positions
+from .plots import check_plot, verification_plot
 from .reference import STAGES
 from .rope import ANGLE_DTYPES
+from .terminal import JSON, KEY, MODEL, PATH, PLOT, echo_json, table
 from .verify import Verification, verify_layer
-from .weights import AttentionWeights, NormStats, read_norm_stats, takes_precise_path
+from .weights import AttentionWeights, NormStats, read_norm_stats
 
 RUN_STAGES = tuple(name for name in STAGES if name not in ("scores", "probs"))
 CHUNK_TOKENS = 1024  # tokens between two steps of the progress bar
@@ -88,9 +89,9 @@ def main() -> None:
     """
 
 
-_PATH = click.Path(path_type=Path)
-_MODEL = click.argument("model", type=_PATH)
-_ACTIVATIONS = click.argument("activations", type=_PATH)
+main.add_command(inspect)
+
+_ACTIVATIONS = click.argument("activations", type=PATH)
 _LAYER = click.option("--layer", type=int, default=0, show_default=True, help="Index of the layer, from 0.")
 _DEVICE = click.option(
     "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: the GPU if one is usable."
@@ -107,8 +108,6 @@ _ANGLES = click.option(
     show_default=True,
     help="Precision of the rotary angles; float32 is what transformers computes.",
 )
-_JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
-_KEY = click.option("--key", help="Name of the activations in a file with several arrays.")
 _POSITIONS = click.option(
     "--positions",
     help="First position, or a file with one for each token.  [default: those in the input file, or counting on from "
@@ -117,7 +116,7 @@ _POSITIONS = click.option(
 
 
 @main.command()
-@click.argument("folder", type=_PATH)
+@click.argument("folder", type=PATH)
 @click.option("--force", is_flag=True, help="Replace an earlier demo in the folder.")
 @_DEVICE
 def demo(folder: Path, force: bool, device: str) -> None:
@@ -165,20 +164,20 @@ def demo(folder: Path, force: bool, device: str) -> None:
 
 
 @main.command()
-@_MODEL
+@MODEL
 @_ACTIVATIONS
 @_LAYER
-@click.option("--out", type=_PATH, help="Where the output goes: .npy, .npz or .safetensors.")
+@click.option("--out", type=PATH, help="Where the output goes: .npy, .npz or .safetensors.")
 @click.option("--stages", help=f"Intermediates to write too: 'all' or any of {', '.join(RUN_STAGES)}.")
 @_POSITIONS
 @click.option("--residual/--no-residual", default=False, help="Add the input to the output, as a decoder layer does.")
-@click.option("--cache-in", type=_PATH, help="Go on from a cache that --cache-out wrote.")
-@click.option("--cache-out", type=_PATH, help="Write the cache after the run (.safetensors).")
-@_KEY
+@click.option("--cache-in", type=PATH, help="Go on from a cache that --cache-out wrote.")
+@click.option("--cache-out", type=PATH, help="Write the cache after the run (.safetensors).")
+@KEY
 @_DTYPE
 @_DEVICE
 @_ANGLES
-@_JSON
+@JSON
 def run(
     model: Path,
     activations: Path,
@@ -234,7 +233,7 @@ def run(
     finite = bool(np.isfinite(wide).all())
     rms, largest = float(np.sqrt(np.mean(wide**2))), float(np.abs(wide).max())
     if as_json:
-        _echo_json({
+        echo_json({
             "model": str(model), "layer": layer, "dtype": str(attention.dtype), "device": attention.device,
             "shape": list(y.shape), "finite": finite, "rms": rms, "max_abs": largest, "precise": attention.precise,
             "cached_tokens": cache.lengths.tolist(), "out": None if out is None else str(out),
@@ -252,16 +251,17 @@ def run(
 
 
 @main.command()
-@_MODEL
+@MODEL
 @_ACTIVATIONS
 @_LAYER
 @_POSITIONS
 @click.option("--tokens", type=click.IntRange(1), default=None, help="Use only the first tokens of each sequence.")
-@_KEY
+@KEY
 @_DTYPE
 @_DEVICE
 @_ANGLES
-@_JSON
+@PLOT
+@JSON
 def verify(
     model: Path,
     activations: Path,
@@ -272,13 +272,17 @@ def verify(
     dtype: str | None,
     device: str,
     angles: str,
+    plot: Path | None,
     as_json: bool,
 ) -> None:
     """Compare a layer of MODEL with the float64 reference on ACTIVATIONS, stage by stage.
 
     If ACTIVATIONS is a dump that holds stages (named as `cupy-attn run --stages` does, the output y), the layer is
-    compared with those too. Exit status 1 if any stage misses its bar.
+    compared with those too. --plot draws the error of every stage beside its bar, and by position. Exit status 1 if any
+    stage misses its bar.
     """
+    if plot is not None:
+        check_plot(plot)
     dump = io.load_dump(activations, key)
     attention = _load_layer(model, layer, dtype or _natural_dtype(dump.hidden_states), device, angles)
     x = _convert(activations, dump.hidden_states, attention)
@@ -295,8 +299,11 @@ def verify(
         angles=angles,
     )
     x = x[:, :tokens]
+    if plot is not None:
+        caption = f"{model}, layer {layer}, {attention.dtype} on the {_device_name(attention)}, cupy_attn {__version__}"
+        verification_plot(result, caption, plot)
     if as_json:
-        _echo_json(_verification_json(attention, x, result))
+        echo_json(_verification_json(attention, x, result))
     else:
         ran = f"Layer {layer} of {model}, {x.shape[0]} x {x.shape[1]} tokens, {attention.dtype}"
         largest = attention.weights.k_norm_stats.max_abs
@@ -304,7 +311,7 @@ def verify(
         for title, rows in (("Against the float64 reference", result.reference), ("Against the dump", result.dump)):
             if rows:
                 click.echo(f"\n{title}:")
-                click.echo(_table(
+                click.echo(table(
                     ("stage", "max abs", "relative L2", "bar", "verdict"),
                     [(r.stage, f"{r.max_abs:.2e}", f"{r.relative_l2:.2e}", f"{r.bar:.2e}", _verdict(r.passed))
                      for r in rows]))  # fmt: skip
@@ -317,54 +324,14 @@ def verify(
             click.echo("\nAll stages are within their bars.")
         else:
             click.echo(f"\nMISSED: {', '.join(misses) or 'collapsed'}; the first stage named is where to look.")
+        if plot is not None:
+            click.echo(f"Wrote {plot}.")
     if not result.passed:
         raise click.exceptions.Exit(1)
 
 
 @main.command()
-@_MODEL
-@click.option(
-    "--plot", type=click.Path(path_type=Path), default=None, help="Draw the statistics as a PNG (needs the plot extra)."
-)
-@_JSON
-def inspect(model: Path, plot: Path | None, as_json: bool) -> None:
-    """Print the Q-norm and K-norm weights of every layer of MODEL and which layers take the precise path.
-
-    A layer whose max |k_norm.weight| exceeds the threshold, or whose scores grow as large without it, computes them
-    with split products on a GPU: an error of 0.0005 before the norm is one of 0.05 after a weight of 96.5.
-    """
-    config = AttentionConfig.from_pretrained(model)
-    rows: list[dict[str, Any]] = []
-    for index, q, k in read_norm_stats(model, config):
-        rows.append({
-            "layer": index, "precise": takes_precise_path(config, q, k), "sliding_window": config.window(index),
-            "k_norm": dataclasses.asdict(k), "q_norm": dataclasses.asdict(q),
-        })  # fmt: skip
-    if plot is not None:
-        from .plots import norm_plot
-
-        norm_plot(rows, config, str(model), plot)
-    if as_json:
-        _echo_json({"model": str(model), "threshold": config.precise_threshold, "config": config.to_dict(),
-                    "layers": rows})  # fmt: skip
-        return
-    click.echo(f"{model}: {config.model_type}, hidden_size {config.hidden_size}, heads {config.num_attention_heads}:"
-               f"{config.num_key_value_heads} of {config.head_dim}, RoPE {config.rope.rope_type} theta "
-               f"{config.rope.rope_theta:g}, positions to {config.max_position - 1}\n")  # fmt: skip
-    click.echo(_table(
-        ("layer", "max |k|", "mean k", "std k", "median |k|", "max |q|", "window", "scores"),
-        [(str(r["layer"]), f"{r['k_norm']['max_abs']:.4g}", f"{r['k_norm']['mean']:.3f}", f"{r['k_norm']['std']:.3f}",
-          f"{r['k_norm']['quartiles_abs'][1]:.3f}", f"{r['q_norm']['max_abs']:.4g}",
-          str(r["sliding_window"] or "-"), "precise" if r["precise"] else "normal") for r in rows]))  # fmt: skip
-    precise, threshold = sum(r["precise"] for r in rows), config.precise_threshold
-    click.echo(f"\n{precise} of {len(rows)} layers take the precise path: max |k_norm.weight| above {threshold:g}, or "
-               "scores as large as that gives.")  # fmt: skip
-    if plot is not None:
-        click.echo(f"Wrote {plot}.")
-
-
-@main.command()
-@_MODEL
+@MODEL
 @click.option("--dtype", "dtypes", type=click.Choice(list(STORAGE_DTYPES)), multiple=True,
               default=("float16", "bfloat16"), show_default=True, help="Storage dtype; can be repeated.")  # fmt: skip
 @click.option("--layers", default="all", show_default=True, help="Layers to build for: 'all', or such as 0,5-7.")
@@ -372,7 +339,7 @@ def inspect(model: Path, plot: Path | None, as_json: bool) -> None:
               help="Compile for this architecture instead, such as sm_90a, and print registers and spills; needs no "
               "GPU and keeps nothing; can be repeated.")  # fmt: skip
 @click.option("--verbose", is_flag=True, help="Print the time of every kernel.")
-@_JSON
+@JSON
 def warmup(
     model: Path, dtypes: tuple[str, ...], layers: str, archs: tuple[str, ...], verbose: bool, as_json: bool
 ) -> None:
@@ -407,7 +374,7 @@ def warmup(
     seconds = time.perf_counter() - start
     counts = {status: sum(r.status == status for r in results) for status in ("built", "cached", "failed")}
     if as_json:
-        _echo_json({
+        echo_json({
             "model": str(model), "dtypes": list(dict.fromkeys(dtypes)), "layers": [index for index, *_ in stats],
             **counts, "seconds": seconds,
             "kernels": [dataclasses.asdict(r) | {"macros": dict(r.macros)} for r in results],
@@ -426,7 +393,7 @@ def warmup(
 @main.command()
 @click.option("--compile", "everything", is_flag=True,
               help="Compile every common kernel for the cold compile time, however long that takes.")  # fmt: skip
-@_JSON
+@JSON
 def doctor(everything: bool, as_json: bool) -> None:
     """Print versions, GPU, NVRTC, the time of a cold compile, kernel cache and a self-test.
 
@@ -439,7 +406,7 @@ def doctor(everything: bool, as_json: bool) -> None:
         click.echo("  compiling and testing ...", err=True)
     report = examine(everything)
     if as_json:
-        _echo_json(report)
+        echo_json(report)
     else:
         for section in ("versions", "cpu", "gpu", "nvrtc", "cache"):
             click.echo(f"{section}:")
@@ -462,7 +429,7 @@ def doctor(everything: bool, as_json: bool) -> None:
 @click.option("--dtype", type=click.Choice(list(STORAGE_DTYPES)), default="float32", show_default=True,
               help="Storage dtype.")  # fmt: skip
 @_DEVICE
-@_JSON
+@JSON
 def bench(model: str, batch: int, tokens: int, repeats: int, dtype: str, device: str, as_json: bool) -> None:
     """Time every phase alone and the whole layer, on random data.
 
@@ -477,11 +444,11 @@ def bench(model: str, batch: int, tokens: int, repeats: int, dtype: str, device:
         if sys.stderr.isatty() and not as_json:
             click.echo(f"  {row.what} ...", err=True)
     if as_json:
-        _echo_json({"model": model, "batch": batch, "tokens": tokens, "dtype": dtype, "device": device,
+        echo_json({"model": model, "batch": batch, "tokens": tokens, "dtype": dtype, "device": device,
                     "rows": [dataclasses.asdict(r) for r in rows]})  # fmt: skip
         return
     click.echo(f"{model}, batch {batch}, {tokens} tokens, {dtype}, device {device}:")
-    click.echo(_table(("what", "median us", "min us"),
+    click.echo(table(("what", "median us", "min us"),
                       [(r.what, f"{r.median_us:.1f}", f"{r.min_us:.1f}") for r in rows]))  # fmt: skip
 
 
@@ -646,24 +613,11 @@ def _build_table(results: Sequence[Any], offline: bool, verbose: bool) -> str:
         numbers = ["-" if n is None else str(n) for n in (r.registers, r.spill_bytes)]
         rows.append([_kernel_name(r), *([r.arch, *numbers] if offline else []),
                      *([f"{r.seconds:.2f}"] if verbose else []), r.status])  # fmt: skip
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _kernel_name(result: Any) -> str:
     return " ".join([result.name, *(f"{key}={value}" for key, value in result.macros)])
-
-
-def _echo_json(value: Any) -> None:
-    """Print one JSON object; NaN and Inf, which JSON does not have, as null."""
-
-    def finite(v: Any) -> Any:
-        if isinstance(v, dict):
-            return {key: finite(item) for key, item in v.items()}
-        if isinstance(v, list | tuple):
-            return [finite(item) for item in v]
-        return None if isinstance(v, float) and not math.isfinite(v) else v
-
-    click.echo(json.dumps(finite(value), allow_nan=False))
 
 
 def _verification_json(layer: Attention, x: np.ndarray, result: Verification) -> dict[str, Any]:
@@ -675,15 +629,6 @@ def _verification_json(layer: Attention, x: np.ndarray, result: Verification) ->
         "shape": list(x.shape), "reference": rows(result.reference), "dump": rows(result.dump),
         "departure": result.departure and dataclasses.asdict(result.departure), "collapse": result.collapse,
     }  # fmt: skip
-
-
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-    lines = []
-    for row in (header, ["-" * w for w in widths], *rows):
-        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines)
 
 
 def _verdict(passed: bool) -> str:

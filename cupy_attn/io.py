@@ -170,6 +170,24 @@ def check_activations(name: str, x: np.ndarray, hidden_size: int | None = None) 
     return x[None] if x.ndim == 2 else x
 
 
+def check_stages(
+    stages: Mapping[str, np.ndarray], config: AttentionConfig, batch: int, seq: int
+) -> Mapping[str, np.ndarray]:
+    """Return a dump's stages after checking that each holds numbers in the layer's shape."""
+    hidden, rows = (batch, seq, config.hidden_size), (batch, config.num_attention_heads, seq)
+    q, kv = (batch, seq, rows[1], config.head_dim), (batch, seq, config.num_key_value_heads, config.head_dim)
+    shapes = {"input_norm": hidden, "q": q, "k": kv, "v": kv, "q_norm": q, "k_norm": kv, "q_rope": q, "k_rope": kv,
+              "scores": (*rows, seq), "row_max": rows, "lse": rows, "probs": (*rows, seq), "attention": q,
+              "output": hidden, OUTPUT: hidden}  # fmt: skip
+    for name, stage in stages.items():
+        if stage.shape != shapes[name] or (stage.dtype.kind not in "fiu" and stage.dtype != BFLOAT16):
+            raise InputError(
+                f"the dump's {name} has shape {list(stage.shape)} and dtype {stage.dtype}, the layer gives floats of "
+                f"shape {list(shapes[name])}; dump it again, from this layer."
+            )
+    return stages
+
+
 def save_arrays(path: str | Path, arrays: Mapping[str, Any], metadata: Mapping[str, str] | None = None) -> None:
     """Write arrays as .npy (exactly one), .npz or .safetensors; the file appears whole or not at all.
 
@@ -202,13 +220,18 @@ def check_output(path: str | Path, count: int = 1) -> Path:
         raise FileError(f"{path} is none of {', '.join(FORMATS)}; choose one of these endings.")
     if path.suffix == ".npy" and count != 1:
         raise FileError(f"{path} would hold {count} arrays and a .npy holds one; use .npz or .safetensors.")
+    check_place(path)
+    return path
+
+
+def check_place(path: Path) -> None:
+    """Check, before any work is done, that a file can be written there."""
     if path.is_dir():
         raise FileError(f"{path} is a folder; name a file.")
     if not path.absolute().parent.is_dir():
         raise FileError(f"{path.parent} does not exist; make the folder first.")
     if not os.access(path.absolute().parent, os.W_OK):
         raise FileError(f"{path.parent} is not writable; name another place.")
-    return path
 
 
 def write_whole(path: Path, write: Callable[[BinaryIO], Any]) -> None:

@@ -9,11 +9,10 @@ from typing import Any
 import numpy as np
 
 from . import reference
-from .accuracy import BARS, MAX_ERROR_BARS, StageError, check_collapse, compare_stages, max_error
-from .arrays import BFLOAT16, storage_dtype, to_numpy
-from .config import AttentionConfig
+from .accuracy import BARS, MAX_ERROR_BARS, StageError, check_collapse, compare_stages, max_error, relative_l2_along
+from .arrays import storage_dtype, to_numpy
 from .errors import InputError
-from .io import OUTPUT
+from .io import OUTPUT, check_stages
 from .layer import Attention
 from .plan import check_positions
 
@@ -49,12 +48,19 @@ class Departure:
 
 @dataclasses.dataclass(frozen=True)
 class Verification:
-    """Rows of the comparison with the reference and of that with a dump, where the dump departs, signs of collapse."""
+    """Rows of the comparison with the reference and of that with a dump, where the dump departs, signs of collapse.
+
+    ``positions`` [B, S] are those of the tokens compared; ``y_by_token`` [S] is the relative L2 error of y against the
+    reference at each of them, over all sequences, and ``dump_by_token`` that of every stage of the dump.
+    """
 
     reference: list[StageError]
     dump: list[StageError]
     collapse: list[str]
-    departure: Departure | None = None
+    departure: Departure | None
+    positions: np.ndarray
+    y_by_token: np.ndarray
+    dump_by_token: dict[str, np.ndarray]
 
     @property
     def passed(self) -> bool:
@@ -101,7 +107,7 @@ def verify_layer(
     if positions is not None:
         cache, counts = layer.new_cache(batch, 1), np.full(batch, seq)
         positions = check_positions(positions, layer.config, cache, counts, seq)[:, :tokens]
-    expected = _check_stages(expected or {}, layer.config, batch, seq)
+    expected = check_stages(expected or {}, layer.config, batch, seq)
     expected = {name: _first_tokens(name, stage, tokens) for name, stage in expected.items()}
     x = x[:, :tokens]
     seq = x.shape[1]
@@ -130,7 +136,18 @@ def verify_layer(
         first = next((row for row in against_dump if not row.passed), None)
         if first is not None:
             departure = _departure(first, got[first.stage], expected[first.stage], rounding[first.stage])
-    return Verification(rows, against_dump, check_collapse(stages | {"probs": stages_ref["probs"]}), departure)
+    return Verification(
+        rows,
+        against_dump,
+        check_collapse(stages | {"probs": stages_ref["probs"]}),
+        departure,
+        positions=np.broadcast_to(np.arange(seq), (batch, seq)) if positions is None else positions,
+        y_by_token=relative_l2_along(y, y_ref, 1),
+        dump_by_token={
+            row.stage: relative_l2_along(got[row.stage], expected[row.stage], _token_axis(row.stage))
+            for row in against_dump
+        },
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -177,29 +194,16 @@ def _departure(row: StageError, ours: Any, dump: np.ndarray, rounding: _Rounding
     )
 
 
-def _check_stages(
-    stages: Mapping[str, np.ndarray], config: AttentionConfig, batch: int, seq: int
-) -> Mapping[str, np.ndarray]:
-    """Return a dump's stages after checking that each holds numbers in the layer's shape."""
-    hidden, rows = (batch, seq, config.hidden_size), (batch, config.num_attention_heads, seq)
-    q, kv = (batch, seq, rows[1], config.head_dim), (batch, seq, config.num_key_value_heads, config.head_dim)
-    shapes = {"input_norm": hidden, "q": q, "k": kv, "v": kv, "q_norm": q, "k_norm": kv, "q_rope": q, "k_rope": kv,
-              "scores": (*rows, seq), "row_max": rows, "lse": rows, "probs": (*rows, seq), "attention": q,
-              "output": hidden, OUTPUT: hidden}  # fmt: skip
-    for name, stage in stages.items():
-        if stage.shape != shapes[name] or (stage.dtype.kind not in "fiu" and stage.dtype != BFLOAT16):
-            raise InputError(
-                f"the dump's {name} has shape {list(stage.shape)} and dtype {stage.dtype}, the layer gives floats of "
-                f"shape {list(shapes[name])}; dump it again, from this layer."
-            )
-    return stages
+def _token_axis(name: str) -> int:
+    """Return the axis of tokens: 2 in row statistics [B, Hq, S] and in [B, Hq, S, T], else 1, [B, S, ...]."""
+    return 2 if name in ("scores", "row_max", "lse", "probs") else 1
 
 
 def _first_tokens(name: str, stage: np.ndarray, tokens: int | None) -> np.ndarray:
-    """Cut a stage [B, S, ...], or [B, Hq, S] of row statistics, or [B, Hq, S, T], to its first tokens."""
-    if name in ("row_max", "lse"):
-        return stage[:, :, :tokens]
-    return stage[:, :, :tokens, :tokens] if name in ("scores", "probs") else stage[:, :tokens]
+    """Cut a stage to its first tokens, as queries and as keys."""
+    if _token_axis(name) == 1:
+        return stage[:, :tokens]
+    return stage[:, :, :tokens, :tokens] if name in ("scores", "probs") else stage[:, :, :tokens]
 
 
 def _decode_row(

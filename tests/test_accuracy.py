@@ -8,7 +8,7 @@ from conftest import make_config, make_hidden, make_weights
 
 import cupy_attn as ca
 from cupy_attn import reference
-from cupy_attn.accuracy import BARS, MAX_ERROR_BARS, compare_stages, max_error, relative_l2
+from cupy_attn.accuracy import BARS, MAX_ERROR_BARS, compare_stages, max_error, relative_l2, relative_l2_along
 
 INF = float("inf")
 
@@ -17,6 +17,13 @@ def test_relative_l2():
     assert relative_l2(np.array([3.0, 4.0]), np.array([3.0, 4.0])) == 0
     assert relative_l2(np.array([3.0, 5.0]), np.array([3.0, 4.0])) == pytest.approx(1 / 5)
     assert relative_l2(np.array([[6.0, 8.0]]), np.array([[3.0, 4.0]])) == pytest.approx(1)
+
+
+def test_relative_l2_along_an_axis_is_that_of_each_slice():
+    expected = np.array([[[3.0, 4.0], [0.0, 0.0], [1.0, 0.0]], [[0.0, 0.0], [0.0, 0.0], [np.nan, 0.0]]])
+    actual = expected + np.array([1.0, 0.0, 0.0])[:, None]
+    assert relative_l2_along(actual, expected, 1).tolist() == [pytest.approx(2 / 5), 0, INF]
+    assert relative_l2_along(actual[0], expected[0], 0).tolist() == [pytest.approx(2**0.5 / 5), 0, 0]
 
 
 def test_max_error():

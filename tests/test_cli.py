@@ -19,6 +19,7 @@ from cupy_attn import cli, cuda, demo, io, reference
 from cupy_attn.accuracy import BARS, relative_l2
 from cupy_attn.arrays import BFLOAT16, STORAGE_DTYPES
 from cupy_attn.cpu import CpuBackend
+from cupy_attn.verify import verify_layer
 from cupy_attn.weights import INDEX_NAME
 
 SUFFIXES = (".npy", ".npz", ".safetensors")
@@ -450,6 +451,70 @@ def test_verify_refuses_more_tokens_than_the_reference_takes(small, tmp_path):
     invoke("verify", small, tmp_path / "long.npy", "--tokens", 10)
 
 
+def test_errors_by_token_are_those_of_the_token(small):
+    def spoil(axis):
+        return lambda array: np.where(np.arange(7).reshape([-1] + [1] * (array.ndim - axis - 1)) == 5, np.nan, array)
+
+    dump = io.load_dump(dumped(small, k_norm=spoil(1), lse=spoil(2)))
+    dump.stages["y"][0, 2] *= 3
+    layer = layer_of(small)
+    result = verify_layer(layer, dump.hidden_states, positions=np.arange(7) + 9, expected=dump.stages)
+    assert result.positions.tolist() == [list(range(9, 16))]
+    assert result.y_by_token.shape == (7,)
+    assert (result.y_by_token <= BARS["float32"]).all()
+    for stage in ("k_norm", "lse"):
+        assert np.isinf(result.dump_by_token[stage]).tolist() == [i == 5 for i in range(7)]
+    off = result.dump_by_token["y"]
+    assert off[2] == pytest.approx(2 / 3, rel=1e-3)
+    assert (off[[0, 1, 3, 4, 5, 6]] < 1e-4).all()
+
+
+def png_size(path) -> tuple[int, int]:
+    """Return width and height of a PNG that is whole and not blank."""
+    data = path.read_bytes()
+    assert data.startswith(b"\x89PNG\r\n\x1a\n")
+    assert data.endswith(b"IEND\xaeB`\x82")
+    image = pytest.importorskip("matplotlib.image").imread(path)
+    assert len(np.unique(image.reshape(-1, image.shape[2]), axis=0)) > 10
+    return image.shape[1], image.shape[0]
+
+
+@pytest.mark.parametrize("options", [[], ["--tokens", "1"], ["--dtype", "float16"]])
+def test_verify_draws_a_png(small, tmp_path, options):
+    pytest.importorskip("matplotlib")
+    for source in (small / "x.npy", dumped(small)):
+        printed = invoke("verify", small, source, "--plot", tmp_path / "v.png", *options).stdout
+        assert printed.endswith(f"Wrote {tmp_path / 'v.png'}.\n")
+        assert png_size(tmp_path / "v.png") == (1560, 780)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+def test_verify_draws_a_miss_too(small, tmp_path, bad):
+    def spoil(array):
+        array = array.copy()
+        array[0, 3] = bad
+        return array
+
+    pytest.importorskip("matplotlib")
+    path = dumped(small, attention=spoil, v=lambda array: array * np.nan)
+    invoke("verify", small, path, "--plot", tmp_path / "v.png", "--json", status=1)
+    assert png_size(tmp_path / "v.png") == (1560, 780)
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_run(small, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(reference, "forward", lambda *args, **options: pytest.fail("ran"))
+    for command in (("verify", small, small / "x.npy"), ("inspect", small)):
+        refused(*command, "--plot", tmp_path / "k.pdf", says=".png", where=tmp_path)
+        refused(*command, "--plot", small, says=".png", where=tmp_path)
+        refused(*command, "--plot", tmp_path / "absent" / "k.png", says="make the folder first", where=tmp_path)
+        (tmp_path / "k.png").mkdir(exist_ok=True)
+        refused(*command, "--plot", tmp_path / "k.png", says="k.png is a folder", where=tmp_path)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    for command in (("verify", small, small / "x.npy"), ("inspect", small)):
+        refused(*command, "--plot", tmp_path / "v.png", says="pip install 'cupy-attn[plot]'.", where=tmp_path)
+
+
 # inspect, doctor, bench
 
 
@@ -485,17 +550,90 @@ def test_inspect_refuses_nan_weights(tmp_path):
 def test_inspect_draws_a_png(small, tmp_path):
     pytest.importorskip("matplotlib")
     assert f"Wrote {tmp_path / 'k.png'}." in invoke("inspect", small, "--plot", tmp_path / "k.png").stdout
-    data = (tmp_path / "k.png").read_bytes()
-    assert data.startswith(b"\x89PNG\r\n\x1a\n")
-    assert data.endswith(b"IEND\xaeB`\x82")
-    refused("inspect", small, "--plot", tmp_path / "k.pdf", says=".png", where=tmp_path)
-    refused("inspect", small, "--plot", tmp_path / "k.png" / "k.png", says="cannot be written", where=tmp_path)
-    refused("inspect", small, "--plot", tmp_path / "absent" / "k.png", says="cannot be written", where=tmp_path)
+    assert png_size(tmp_path / "k.png") == (1200, 780)
 
 
-def test_inspect_without_matplotlib_says_what_to_install(small, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    refused("inspect", small, "--plot", tmp_path / "k.png", says="cupy-attn[plot]", where=tmp_path)
+def test_inspect_of_a_dump_says_what_each_head_does(model):
+    path = model / "dump-layer0.safetensors"
+    told = json.loads(invoke("inspect", model, "--dump", path, "--json").stdout)
+    (dump,) = told["dumps"]
+    assert (dump["dump"], dump["layer"], dump["shape"]) == (str(path), 0, [1, demo.TOKENS])
+    assert dump["source"] == "q_rope and k_rope"
+    largest = read(path)["row_max"].max(axis=(0, 2))
+    for head, most in zip(dump["heads"], largest, strict=True):
+        assert set(head) == {"head", "min_score", "max_score", "relative_entropy", "first_key", "flags"}
+        assert head["max_score"] == pytest.approx(most, rel=1e-5)
+        assert 0 < head["relative_entropy"] < 1
+        assert 0 < head["first_key"] < 1
+        assert head["flags"] == []
+    printed = invoke("inspect", model, "--dump", path).stdout
+    rows = [line.split() for line in printed.splitlines()[4:8]]
+    assert [row[0] for row in rows] == ["0", "1", "2", "3"]
+    assert [row[3] for row in rows] == [f"{head['relative_entropy']:.3f}" for head in dump["heads"]]
+    assert printed.endswith("\nLayer 0: 4 of 4 heads are healthy.\n")
+
+
+def sick(array):
+    """Return q_rope [1, S, 4, D] with a NaN in head 1, and head 3 of zeros."""
+    array = array.copy()
+    array[0, 4, 1, 0], array[:, :, 3] = np.nan, 0
+    return array
+
+
+def test_inspect_flags_heads_and_ends_well(small):
+    def dead(array):
+        return array * np.array([1, 1, 0, 1])[:, None]
+
+    path = dumped(small, q_rope=sick, attention=dead)
+    printed = invoke("inspect", small, "--dump", path, "--layer", 0).stdout
+    assert "Layer 0: 1 of 4 heads is healthy; NaN or Inf: head 1; uniform: head 3; dead: head 2." in printed
+    both = invoke("inspect", small, "--dump", path, "--dump", dumped(small, "other.npz"), "--layer", 0)
+    assert both.stdout.startswith(printed.rstrip() + "\n\n")
+    assert both.stdout.endswith("\nLayer 0: 4 of 4 heads are healthy.\n")
+    json.loads(invoke("inspect", small, "--dump", path, "--layer", 0, "--json").stdout, parse_constant=pytest.fail)
+
+
+def test_inspect_takes_what_run_writes(small, tmp_path):
+    invoke("run", small, small / "x.npy", "--layer", 1, "--out", tmp_path / "q.safetensors", "--stages", "q,k")
+    invoke("run", small, small / "x.npy", "--layer", 1, "--out", tmp_path / "all.npz", "--stages", "all")
+    named = json.loads(invoke("inspect", small, "--dump", tmp_path / "q.safetensors", "--json").stdout)["dumps"][0]
+    told = json.loads(invoke("inspect", small, "--dump", tmp_path / "all.npz", "--layer", 1, "--json").stdout)
+    (whole,) = told["dumps"]
+    assert (named["layer"], named["source"]) == (1, "q and k")
+    assert (whole["layer"], whole["source"]) == (1, "q_rope and k_rope")
+    for one, other in zip(named["heads"], whole["heads"], strict=True):
+        for measure in ("min_score", "max_score", "relative_entropy", "first_key"):
+            assert one[measure] == pytest.approx(other[measure], rel=1e-4, abs=1e-5)
+
+
+def test_inspect_draws_the_entropy_of_a_dump(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = dumped(small, q_rope=sick)
+    printed = invoke("inspect", small, "--dump", path, "--layer", 0, "--plot", tmp_path / "e.png").stdout
+    assert printed.endswith(f"Wrote {tmp_path / 'e.png'}.\n")
+    width, height = png_size(tmp_path / "e.png")
+    assert (width, 300 < height < 400) == (1320, True)
+    options = ("--dump", path) * 2
+    invoke("inspect", small, *options, "--layer", 0, "--plot", tmp_path / "e.png", "--json")
+    assert png_size(tmp_path / "e.png") > (width, 1.5 * height)
+
+
+def test_inspect_refuses_dumps_that_do_not_fit(small, model, tmp_path):
+    path, named = dumped(small), model / "dump-layer0.safetensors"
+    refused("inspect", small, "--layer", 0, status=2, says="pass it with --dump")
+    refused("inspect", small, "--key", "x", status=2, says="pass it with --dump")
+    refused("inspect", small, "--dump", tmp_path / "none.npz", says="does not exist")
+    refused("inspect", small, "--dump", path, says=f"{path} does not say which layer it is of; pass --layer.")
+    refused("inspect", small, "--dump", path, "--layer", 2, says="layer 2 is out of range; the model has layers 0 to 1")
+    refused("inspect", model, "--dump", named, "--layer", 3, says="is of layer 0, not 3; leave out --layer or")
+    refused("inspect", small, "--dump", named, says="the dump's")
+    refused("inspect", small, "--dump", small / "x.npy", "--layer", 0, says="the dump holds no stages; attention")
+    refused("inspect", small, "--dump", path, "--layer", 0, "--key", "z", says="none is named z")
+    arrays, metadata = io.load_arrays(named)
+    io.save_arrays(tmp_path / "odd.safetensors", arrays, metadata | {"layer": "first"})
+    refused("inspect", model, "--dump", tmp_path / "odd.safetensors", says="of layer 'first', which is no number")
+    io.save_arrays(tmp_path / "odd.safetensors", arrays | {"positions": np.zeros(demo.TOKENS, np.int64)}, metadata)
+    refused("inspect", model, "--dump", tmp_path / "odd.safetensors", says="they must increase")
 
 
 def test_doctor_finds_this_machine_healthy():

@@ -27,6 +27,7 @@ import cupy_attn as ca
 from cupy_attn import io
 from cupy_attn.arrays import as_array
 from cupy_attn.errors import CupyAttnError, FileError
+from cupy_attn.health import measure_rows
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -89,37 +90,10 @@ class Recorder:
         for name, heads in (("q", c.num_attention_heads), ("k", c.num_key_value_heads), ("v", c.num_key_value_heads),
                             ("attention", c.num_attention_heads)):  # fmt: skip
             whole[name] = whole[name].reshape(*tokens, heads, c.head_dim)
-        whole |= row_statistics(whole["q_rope"], whole["k_rope"], whole[io.POSITIONS], c.window(index))
+        rows = measure_rows(whole[io.POSITIONS], c.window(index), qk=(whole["q_rope"], whole["k_rope"]))
+        statistics = {"row_max": rows.largest, "lse": rows.lse, "entropy": rows.entropy}
+        whole |= {name: value.astype(np.float32) for name, value in statistics.items()}
         return whole | {io.OUTPUT: whole["output"]}
-
-
-def row_statistics(q: np.ndarray, k: np.ndarray, positions: np.ndarray, window: int | None) -> dict[str, np.ndarray]:
-    """Return the largest score, ln sum exp of the scores and the entropy of the probabilities, [B, Hq, S] float32.
-
-    Parameters
-    ----------
-    q, k : ndarray [B, S, Hq, D], [B, S, Hkv, D]
-        Normalised and rotated.
-    positions : ndarray [B, S]
-        Of the tokens: who sees whom.
-    window : int or None
-        How many positions back a query sees, itself included; None: all.
-    """
-    group = q.shape[2] // k.shape[2]
-    keys = np.repeat(k.astype(np.float64), group, axis=2)
-    distance = positions[:, :, None] - positions[:, None, :]
-    seen = (distance >= 0) & (distance < (window or np.inf))
-    statistics: dict[str, list[np.ndarray]] = {"row_max": [], "lse": [], "entropy": []}
-    for head in range(q.shape[2]):  # one at a time: scores are as large as tokens squared
-        scores = q[:, :, head].astype(np.float64) @ keys[:, :, head].swapaxes(1, 2) / np.sqrt(q.shape[-1])
-        scores = np.where(seen, scores, -np.inf)
-        largest = scores.max(-1)
-        lse = largest + np.log(np.exp(scores - largest[..., None]).sum(-1))
-        probs = np.exp(scores - lse[..., None])
-        entropy = lse - (probs * np.where(seen, scores, 0.0)).sum(-1)
-        for name, value in zip(statistics, (largest, lse, entropy), strict=True):
-            statistics[name].append(value)
-    return {name: np.stack(heads, axis=1).astype(np.float32) for name, heads in statistics.items()}
 
 
 def record(model: Any, layers: list[int], ids: list[int], steps: int) -> tuple[dict[int, dict[str, Any]], list[int]]:

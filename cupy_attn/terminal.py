@@ -1,0 +1,40 @@
+"""What the commands share: arguments that mean the same everywhere, and how they print."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+PATH = click.Path(path_type=Path)
+MODEL = click.argument("model", type=PATH)
+KEY = click.option("--key", help="Name of the activations in a file with several arrays.")
+PLOT = click.option("--plot", type=PATH, help="Draw it as a PNG (needs the plot extra).")
+JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
+
+
+def echo_json(value: Any) -> None:
+    """Print one JSON object; NaN and Inf, which JSON does not have, as null."""
+
+    def finite(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {key: finite(item) for key, item in v.items()}
+        if isinstance(v, list | tuple):
+            return [finite(item) for item in v]
+        return None if isinstance(v, float) and not math.isfinite(v) else v
+
+    click.echo(json.dumps(finite(value), allow_nan=False))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows in columns under a header: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
+    lines = []
+    for row in (header, ["-" * w for w in widths], *rows):
+        cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines)
