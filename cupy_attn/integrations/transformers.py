@@ -18,8 +18,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import torch
-from transformers.cache_utils import CacheLayerMixin
 
 from ..arrays import STORAGE_DTYPES
 from ..cache import KVCache
@@ -27,6 +25,14 @@ from ..config import AttentionConfig
 from ..errors import CacheError, InputError
 from ..layer import Attention
 from ..weights import AttentionWeights
+
+try:
+    import torch
+    from transformers.cache_utils import CacheLayerMixin
+except ImportError as error:
+    raise ImportError(
+        f"cupy_attn.integrations.transformers misses a library ({error}); pip install 'cupy-attn[hf]'."
+    ) from None
 
 DECODER_LAYERS = ("Qwen3DecoderLayer", "Qwen3MoeDecoderLayer")
 PATCH = "_cupy_attn_patch"  # attribute of a patched base model
