@@ -719,7 +719,7 @@ def test_the_wheel_holds_the_sources_and_finds_them(tmp_path):
         assert f"cupy_attn/kernels_cu/{file.name}" in names
     packaged = {name for name in names if "dist-info" not in name}
     assert packaged == {f"cupy_attn/{file.relative_to(folder).as_posix()}" for folder, pattern in (
-        (ROOT / "cupy_attn", "*.py"), (ROOT, "kernels_cu/*")) for file in folder.glob(pattern)}  # fmt: skip
+        (ROOT / "cupy_attn", "**/*.py"), (ROOT, "kernels_cu/*")) for file in folder.glob(pattern)}  # fmt: skip
     code = "import cupy_attn, cupy_attn.kernels as k; print(k.SOURCES); print(k.source_digest())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path / "site")
     assert done.stdout.splitlines() == [str(tmp_path / "site/cupy_attn/kernels_cu"), kernels.source_digest()]
