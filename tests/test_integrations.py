@@ -77,11 +77,12 @@ def test_padding_may_be_anywhere(mask):
     assert relative(logits(model, ids, mask)[shown], before[shown]) <= LOGITS_BAR
 
 
-def test_a_conversation_goes_on_in_one_cache():
+@pytest.mark.parametrize("ready", [True, False])
+def test_a_conversation_goes_on_in_one_cache(ready):
     model, ids = make_model(), torch.tensor([PROMPTS[0]])
     whole = logits(model, ids)
     patch(model, capacity=16)
-    cache = transformers.DynamicCache(config=model.config)
+    cache = transformers.DynamicCache(config=model.config if ready else None)
     parts = [logits(model, part, past_key_values=cache) for part in (ids[:, :3], ids[:, 3:4], ids[:, 4:])]
     assert relative(torch.cat(parts, 1), whole) <= LOGITS_BAR
     assert cache.get_seq_length() == 8
@@ -172,6 +173,8 @@ def test_what_a_patched_model_cannot_do_is_said():
         model(ids)
     with pytest.raises(ca.InputError, match=r"attention_mask is \[1, 1, 8, 8\]; a patched model takes zeros and ones"):
         logits(model, ids, torch.ones(1, 1, 8, 8))
+    with pytest.raises(ca.InputError, match=r"attention_mask has shape \[1, 5\], for hidden states \[1, 8\]"):
+        logits(model, ids, torch.ones(1, 5), position_ids=torch.arange(8)[None])
     with pytest.raises(ca.InputError, match="output_attentions is set; a patched model does not keep"):
         logits(model, ids, output_attentions=True)
     with pytest.raises(ca.CacheError, match="beam search, assisted generation and offloading rearrange a cache"):

@@ -141,7 +141,7 @@ class _Patch:
         entries = getattr(cache, "layers", None)
         if entries is None:
             raise CacheError(f"past_key_values is a {type(cache).__name__}; pass a DynamicCache, or none.")
-        while len(entries) <= layer.layer:
+        if len(entries) == layer.layer:  # a cache made without a config grows layer by layer
             entries.append(_CacheLayer(layer.new_cache(batch, self.capacity)))
         entry = entries[layer.layer]
         if isinstance(entry, _CacheLayer):
@@ -227,7 +227,7 @@ class _Step:
         if self._mask is not None:
             mask = self._mask.cpu().numpy() != 0
             new = mask[:, -seq:]
-            if mask.shape != (batch, mask.shape[1]) or mask.shape[1] < seq:
+            if new.shape != (batch, seq):
                 raise InputError(f"attention_mask has shape {list(mask.shape)}, for hidden states [{batch}, {seq}].")
             hidden = np.flatnonzero(mask[:, :-seq].sum(1) != cached)
             if hidden.size:
