@@ -169,12 +169,13 @@ def collapsed_key(top_key: np.ndarray, top_weight: np.ndarray) -> int | None:
     top_key, top_weight : ndarray [R] of int, [R]
         The key with most weight in each row of a head, and that weight.
     """
-    winners = top_key[top_weight > SINGLE_KEY_WEIGHT]
-    counts = np.bincount(winners) if winners.size else np.zeros(1)
-    key = int(counts.argmax())
-    return key if counts[key] > NEARLY_ALL_ROWS * top_key.size else None
+    taken = top_weight > SINGLE_KEY_WEIGHT
+    if not taken.size or taken.mean() < NEARLY_ALL_ROWS:
+        return None
+    key = int(np.bincount(top_key[taken]).argmax())
+    return key if (top_key[taken] == key).mean() >= NEARLY_ALL_ROWS else None
 
 
 def is_uniform(relative_entropy: np.ndarray) -> bool:
     """Return whether nearly all rows [R] of a head have nearly the entropy, over the most possible, of 1."""
-    return bool((relative_entropy > UNIFORM_ENTROPY).sum() > NEARLY_ALL_ROWS * relative_entropy.size)
+    return bool(relative_entropy.size and (relative_entropy > UNIFORM_ENTROPY).mean() >= NEARLY_ALL_ROWS)

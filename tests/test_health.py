@@ -9,6 +9,7 @@ import pytest
 from conftest import make_config, make_hidden, make_weights
 
 from cupy_attn import health, reference
+from cupy_attn.accuracy import collapsed_key
 from cupy_attn.arrays import BFLOAT16
 from cupy_attn.errors import InputError
 
@@ -120,14 +121,24 @@ def test_an_output_that_is_no_number_is_flagged_and_spares_the_others():
     assert dead[0].flags == (health.DEAD,)
 
 
-def test_nearly_all_rows_are_more_than_19_of_20():
-    assert health.head_health(measure(onto(1, slice(3, None))))[0].flags == ()  # 38 of 40 rows: not more than 0.95
-    assert health.head_health(measure(onto(1, slice(2, None))))[0].flags == (health.COLLAPSED,)
+def test_nearly_all_rows_are_19_of_20_or_more():
+    assert health.head_health(measure(onto(1, slice(4, None))))[0].flags == ()  # 37 of 40 rows
+    assert health.head_health(measure(onto(1, slice(3, None))))[0].flags == (health.COLLAPSED,)
     even = np.zeros((SEQ, SEQ))
-    even[1:3, 0] = 5
+    even[1:4, 0] = 5
     assert health.head_health(measure(even))[0].flags == ()
-    even[2, 0] = 0
+    even[3, 0] = 0
     assert health.head_health(measure(even))[0].flags == (health.UNIFORM,)
+
+
+def test_one_key_of_nearly_all_rows_that_have_one_is_collapse():
+    keys = np.zeros(400, int)
+    keys[:19] = 7
+    weights = np.ones(400)
+    weights[-20:] = 0.5
+    assert collapsed_key(keys, weights) == 0  # 361 of 380 of 400
+    keys[19] = 7
+    assert collapsed_key(keys, weights) is None
 
 
 def test_a_head_that_looks_at_the_token_itself_is_not_collapsed():
