@@ -23,11 +23,15 @@ MODELS = {
 }  # fmt: skip
 
 
+TOGETHER, PREFILL, DECODE = "phases together", "layer, prefill", "layer, decode after it"
+
+
 @dataclasses.dataclass(frozen=True)
 class Timing:
-    """One row: what was timed, median and fastest run in microseconds, repetitions."""
+    """One row: what was timed, at how many tokens, median and fastest run in microseconds, repetitions."""
 
     what: str
+    tokens: int
     median_us: float
     min_us: float
     repeats: int
@@ -77,7 +81,7 @@ def run_bench(
 
     def time_it(what: str, run: Callable[[], Any]) -> Timing:
         times = [_time_us(run, xp) for _ in range(repeats)]
-        return Timing(what, float(np.median(times)), min(times), repeats)
+        return Timing(what, tokens, float(np.median(times)), min(times), repeats)
 
     compute = np.dtype(np.float32) if xp is np else storage_dtype(dtype)
     w = {name: xp.asarray(t.astype(compute)) for name, t in layer.weights.tensors().items()}
@@ -106,10 +110,10 @@ def run_bench(
     yield row
     _, row = phase("project_output", lambda: ops.project_output(out, w["o_proj"], w.get("o_bias"), x_in))
     yield row
-    yield Timing("phases together", sum(r.median_us for r in separate), sum(r.min_us for r in separate), repeats)
+    yield Timing(TOGETHER, tokens, sum(r.median_us for r in separate), sum(r.min_us for r in separate), repeats)
 
     layer(x, residual=x)
-    yield time_it(f"layer, prefill of {tokens}", lambda: layer(x, residual=x))
+    yield time_it(PREFILL, lambda: layer(x, residual=x))
     cache = layer.new_cache(batch, tokens + 1)
     layer(x, cache)
     step = x[:, :1]
@@ -119,7 +123,7 @@ def run_bench(
         cache.truncate(tokens)
 
     decode()
-    yield time_it(f"layer, decode after {tokens}", decode)
+    yield time_it(DECODE, decode)
 
 
 def _time_us(run: Callable[[], Any], xp: Any) -> float:

@@ -21,17 +21,17 @@ import numpy as np
 from . import __version__, cuda, io, kernels
 from . import demo as demo_model
 from .arrays import STORAGE_DTYPES, to_numpy
-from .bench import MODELS, Timing, model_config, run_bench
 from .cache import KVCache
+from .cli_bench import bench
 from .cli_inspect import inspect
 from .config import AttentionConfig
 from .errors import CupyAttnError, CupyAttnWarning, DeviceError, FileError, InputError
-from .layer import DEVICES, Attention
+from .layer import Attention
 from .plan import check_cache, check_positions
 from .plots import check_plot, verification_plot
 from .reference import STAGES
 from .rope import ANGLE_DTYPES
-from .terminal import JSON, KEY, MODEL, PATH, PLOT, echo_json, table
+from .terminal import DEVICE, JSON, KEY, MODEL, PATH, PLOT, echo_json, table
 from .verify import Verification, verify_layer
 from .weights import AttentionWeights, NormStats, read_norm_stats
 
@@ -90,12 +90,10 @@ def main() -> None:
 
 
 main.add_command(inspect)
+main.add_command(bench)
 
 _ACTIVATIONS = click.argument("activations", type=PATH)
 _LAYER = click.option("--layer", type=int, default=0, show_default=True, help="Index of the layer, from 0.")
-_DEVICE = click.option(
-    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: the GPU if one is usable."
-)
 _DTYPE = click.option(
     "--dtype",
     type=click.Choice(list(STORAGE_DTYPES)),
@@ -118,7 +116,7 @@ _POSITIONS = click.option(
 @main.command()
 @click.argument("folder", type=PATH)
 @click.option("--force", is_flag=True, help="Replace an earlier demo in the folder.")
-@_DEVICE
+@DEVICE
 def demo(folder: Path, force: bool, device: str) -> None:
     """Make a small Qwen3 checkpoint in FOLDER, run a layer of it, verify it.
 
@@ -175,7 +173,7 @@ def demo(folder: Path, force: bool, device: str) -> None:
 @click.option("--cache-out", type=PATH, help="Write the cache after the run (.safetensors).")
 @KEY
 @_DTYPE
-@_DEVICE
+@DEVICE
 @_ANGLES
 @JSON
 def run(
@@ -258,7 +256,7 @@ def run(
 @click.option("--tokens", type=click.IntRange(1), default=None, help="Use only the first tokens of each sequence.")
 @KEY
 @_DTYPE
-@_DEVICE
+@DEVICE
 @_ANGLES
 @PLOT
 @JSON
@@ -418,38 +416,6 @@ def doctor(everything: bool, as_json: bool) -> None:
             click.echo(f"  {row['device']:5} {row['dtype']:9} {error}: {_verdict(row['passed'])}")
     if not report["ok"]:
         raise click.exceptions.Exit(1)
-
-
-@main.command()
-@click.option("--model", default="0.6B", show_default=True,
-              help=f"A published size ({', '.join(MODELS)}) or a model folder; weights are random.")  # fmt: skip
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
-@click.option("--tokens", type=click.IntRange(1), default=512, show_default=True, help="Tokens of each sequence.")
-@click.option("--repeats", type=click.IntRange(1), default=10, show_default=True, help="Timed runs of each row.")
-@click.option("--dtype", type=click.Choice(list(STORAGE_DTYPES)), default="float32", show_default=True,
-              help="Storage dtype.")  # fmt: skip
-@_DEVICE
-@JSON
-def bench(model: str, batch: int, tokens: int, repeats: int, dtype: str, device: str, as_json: bool) -> None:
-    """Time every phase alone and the whole layer, on random data.
-
-    The phases are separate array operations with materialised scores; the layer is what `run` runs. Times are
-    medians of single calls, from the GPU's events or the CPU's clock.
-    """
-    config = model_config(model) if model in MODELS else AttentionConfig.from_pretrained(model)
-    device = "cuda" if device != "cpu" and (device == "cuda" or cuda.problem() is None) else "cpu"
-    rows: list[Timing] = []
-    for row in run_bench(config, dtype=dtype, device=device, batch=batch, tokens=tokens, repeats=repeats):
-        rows.append(row)
-        if sys.stderr.isatty() and not as_json:
-            click.echo(f"  {row.what} ...", err=True)
-    if as_json:
-        echo_json({"model": model, "batch": batch, "tokens": tokens, "dtype": dtype, "device": device,
-                    "rows": [dataclasses.asdict(r) for r in rows]})  # fmt: skip
-        return
-    click.echo(f"{model}, batch {batch}, {tokens} tokens, {dtype}, device {device}:")
-    click.echo(table(("what", "median us", "min us"),
-                      [(r.what, f"{r.median_us:.1f}", f"{r.min_us:.1f}") for r in rows]))  # fmt: skip
 
 
 def _load_layer(model: Path, layer: int, dtype: str, device: str, angles: str) -> Attention:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from .verify import Verification
 
 BLUE, ORANGE, RED = "tab:blue", "tab:orange", "tab:red"
 STAGE_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "0.5")
+FLOOR = "floor"  # label of the least time possible
 MOST_INCHES = 500  # of a figure's height: Agg draws up to 65535 pixels
 LARGE_MARKS = 64  # tokens up to which the points of a curve are large
 
@@ -183,6 +186,63 @@ def _token_curves(axes: Any, result: Verification) -> None:
     axes.set_xlabel(label_x)
     axes.set_xlim(x[0] - 0.5, x[-1] + 0.5)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Curve:
+    """Times of one thing over tokens; one labelled ``floor`` is drawn as a bound, the first of a panel as ours."""
+
+    label: str
+    tokens: Sequence[int]
+    times: Sequence[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """Curves that share axes."""
+
+    title: str
+    label_x: str
+    curves: Sequence[Curve]
+
+
+def times_plot(panels: Sequence[Panel], caption: str, label_y: str, path: Path) -> None:
+    """Draw times over tokens, both on log axes, a label in the same colour everywhere."""
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
+    rows = -(-len(panels) // columns)
+    figure = _new_figure(1.6 + 4.2 * columns, 0.8 + 3.6 * rows, caption)
+    grid = figure.subplots(rows, columns, squeeze=False).ravel()
+    ours = {panel.curves[0].label for panel in panels}
+    others = dict.fromkeys(c.label for p in panels for c in p.curves if c.label not in {*ours, FLOOR})
+    styles: dict[str, dict[str, Any]] = {
+        label: {"color": color, "linewidth": 1, "markersize": 5}
+        for label, color in zip(others, itertools.cycle((ORANGE, *STAGE_COLORS)), strict=False)
+    }
+    styles |= {label: {"color": BLUE, "linewidth": 2.5, "markersize": 7} for label in ours}
+    styles[FLOOR] = {"color": "black", "linewidth": 1, "linestyle": "--", "markersize": 3}
+    drawn: dict[str, Any] = {}
+    for axes, panel in zip(grid, panels, strict=False):
+        for curve in panel.curves:
+            (drawn[curve.label],) = axes.plot(curve.tokens, curve.times, marker="o", **styles[curve.label])
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.xaxis.set_major_locator(FixedLocator(sorted({n for curve in panel.curves for n in curve.tokens})))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
+        axes.margins(x=0.1)
+        axes.grid(alpha=0.3)
+        axes.set_title(panel.title)
+        axes.set_xlabel(panel.label_x)
+        axes.set_ylabel(label_y)
+    for axes in grid[len(panels) :]:
+        axes.remove()
+    figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize="small")
+    _save(figure, path)
 
 
 def _shared_positions(positions: np.ndarray) -> tuple[np.ndarray, str]:

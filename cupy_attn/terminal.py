@@ -10,9 +10,14 @@ from typing import Any
 
 import click
 
+from .layer import DEVICES
+
 PATH = click.Path(path_type=Path)
 MODEL = click.argument("model", type=PATH)
 KEY = click.option("--key", help="Name of the activations in a file with several arrays.")
+DEVICE = click.option(
+    "--device", type=click.Choice(DEVICES), default="auto", show_default=True, help="auto: the GPU if one is usable."
+)
 PLOT = click.option("--plot", type=PATH, help="Draw it as a PNG (needs the plot extra).")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead of text.")
 

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from conftest import make_config, make_hidden, make_weights
 
 import cupy_attn as ca
-from cupy_attn import cli, cuda, demo, io, reference
+from cupy_attn import cli, cli_bench, cuda, demo, io, reference
 from cupy_attn.accuracy import BARS, relative_l2
 from cupy_attn.arrays import BFLOAT16, STORAGE_DTYPES
 from cupy_attn.cpu import CpuBackend
@@ -504,14 +504,16 @@ def test_verify_draws_a_miss_too(small, tmp_path, bad):
 def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_run(small, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     monkeypatch.setattr(reference, "forward", lambda *args, **options: pytest.fail("ran"))
-    for command in (("verify", small, small / "x.npy"), ("inspect", small)):
+    monkeypatch.setattr(cli_bench, "run_bench", lambda *args, **options: pytest.fail("ran"))
+    commands = (("verify", small, small / "x.npy"), ("inspect", small), ("bench", "--model", small))
+    for command in commands:
         refused(*command, "--plot", tmp_path / "k.pdf", says=".png", where=tmp_path)
         refused(*command, "--plot", small, says=".png", where=tmp_path)
         refused(*command, "--plot", tmp_path / "absent" / "k.png", says="make the folder first", where=tmp_path)
         (tmp_path / "k.png").mkdir(exist_ok=True)
         refused(*command, "--plot", tmp_path / "k.png", says="k.png is a folder", where=tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    for command in (("verify", small, small / "x.npy"), ("inspect", small)):
+    for command in commands:
         refused(*command, "--plot", tmp_path / "v.png", says="pip install 'cupy-attn[plot]'.", where=tmp_path)
 
 
@@ -660,14 +662,27 @@ def test_bench_times_every_phase(small):
     options = ("--tokens", 4, "--repeats", 2)
     told = json.loads(invoke("bench", "--model", small, "--json", *options).stdout)
     assert set(told) == {"model", "batch", "tokens", "dtype", "device", "rows"}
+    assert told["tokens"] == [4]
     times = {row["what"]: row for row in told["rows"]}
     assert list(times) == ["rms_norm", "project_qkv", "split_heads", "qk_norm", "apply_rope", "gqa_attention",
-                           "project_output", "phases together", "layer, prefill of 4",
-                           "layer, decode after 4"]  # fmt: skip
+                           "project_output", "phases together", "layer, prefill", "layer, decode after it"]  # fmt: skip
     assert all(0 < row["min_us"] <= row["median_us"] and row["repeats"] == 2 for row in told["rows"])
     phases = list(times.values())[:7]
     assert times["phases together"]["median_us"] == pytest.approx(sum(row["median_us"] for row in phases))
     assert "phases together" in invoke("bench", "--model", small, *options).stdout
+
+
+def test_bench_times_several_lengths_and_draws_them(small, tmp_path):
+    pytest.importorskip("matplotlib")
+    options = ("--model", small, "--tokens", 8, "--tokens", 3, "--tokens", 8, "--repeats", 1)
+    told = json.loads(invoke("bench", *options, "--json", "--plot", tmp_path / "b.png").stdout)
+    assert told["tokens"] == [3, 8]
+    assert [row["tokens"] for row in told["rows"]] == [3] * 10 + [8] * 10
+    width, height = png_size(tmp_path / "b.png")
+    printed = invoke("bench", *options, "--plot", tmp_path / "b.png").stdout
+    assert printed.count("phases together") == 2
+    assert printed.endswith(f"Wrote {tmp_path / 'b.png'}.\n")
+    assert png_size(tmp_path / "b.png") == (width, height)
 
 
 # Help, warnings, progress.
