@@ -44,6 +44,15 @@ def test_from_torch(checkpoint, capsys):
     assert "13 tokens cached" in capsys.readouterr().out
 
 
+def test_from_jax(checkpoint, capsys, monkeypatch):
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # where there is a GPU, leave room for others
+    jnp = pytest.importorskip("jax.numpy")
+    step = load("from_jax").main(checkpoint)
+    assert step.shape == (1, 1, 256)
+    assert jnp.isfinite(step).all()
+    assert "13 tokens cached" in capsys.readouterr().out
+
+
 @pytest.mark.gpu
 def test_decode_in_a_graph(checkpoint, capsys):
     x = load("decode_graph").main(checkpoint, steps=8)
