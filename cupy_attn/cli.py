@@ -23,16 +23,16 @@ from . import demo as demo_model
 from .arrays import STORAGE_DTYPES, to_numpy
 from .cache import KVCache
 from .cli_bench import bench
+from .cli_inputs import ANGLES, DTYPE, POSITIONS, convert, device_name, given_positions, load_layer, natural_dtype
 from .cli_inspect import inspect
+from .cli_verify import verify
 from .config import AttentionConfig
 from .errors import CupyAttnError, CupyAttnWarning, DeviceError, FileError, InputError
 from .layer import Attention
 from .plan import check_cache, check_positions
-from .plots import check_plot, verification_plot
 from .reference import STAGES
-from .rope import ANGLE_DTYPES
-from .terminal import DEVICE, JSON, KEY, MODEL, PATH, PLOT, echo_json, table
-from .verify import Verification, verify_layer
+from .terminal import DEVICE, JSON, KEY, MODEL, PATH, echo_json, table, verdict
+from .verify import verify_layer
 from .weights import AttentionWeights, NormStats, read_norm_stats
 
 RUN_STAGES = tuple(name for name in STAGES if name not in ("scores", "probs"))
@@ -89,28 +89,8 @@ def main() -> None:
     """
 
 
-main.add_command(inspect)
-main.add_command(bench)
-
-_ACTIVATIONS = click.argument("activations", type=PATH)
-_LAYER = click.option("--layer", type=int, default=0, show_default=True, help="Index of the layer, from 0.")
-_DTYPE = click.option(
-    "--dtype",
-    type=click.Choice(list(STORAGE_DTYPES)),
-    help="Storage dtype of weights, cache, input and output.  [default: that of the input]",
-)
-_ANGLES = click.option(
-    "--angles",
-    type=click.Choice(ANGLE_DTYPES),
-    default="float64",
-    show_default=True,
-    help="Precision of the rotary angles; float32 is what transformers computes.",
-)
-_POSITIONS = click.option(
-    "--positions",
-    help="First position, or a file with one for each token.  [default: those in the input file, or counting on from "
-    "the cache]",
-)
+for command in (verify, inspect, bench):
+    main.add_command(command)
 
 
 @main.command()
@@ -147,8 +127,8 @@ def demo(folder: Path, force: bool, device: str) -> None:
         result = verify_layer(layer, dump.hidden_states.astype(layer.dtype))
         row = next(r for r in result.reference if r.stage == io.OUTPUT)
         failed |= not result.passed
-        click.echo(f"Layer 0 in {dtype} on the {_device_name(layer)}: relative L2 error {row.relative_l2:.2g} against "
-                   f"the float64 reference, bar {row.bar:g}: {_verdict(result.passed)}.")  # fmt: skip
+        click.echo(f"Layer 0 in {dtype} on the {device_name(layer.device)}: relative L2 error {row.relative_l2:.2g} "
+                   f"against the float64 reference, bar {row.bar:g}: {verdict(result.passed)}.")  # fmt: skip
     where = shlex.quote(str(folder))
     click.echo(
         "\nTry next:\n"
@@ -163,18 +143,18 @@ def demo(folder: Path, force: bool, device: str) -> None:
 
 @main.command()
 @MODEL
-@_ACTIVATIONS
-@_LAYER
+@click.argument("activations", type=PATH)
+@click.option("--layer", type=int, default=0, show_default=True, help="Index of the layer, from 0.")
 @click.option("--out", type=PATH, help="Where the output goes: .npy, .npz or .safetensors.")
 @click.option("--stages", help=f"Intermediates to write too: 'all' or any of {', '.join(RUN_STAGES)}.")
-@_POSITIONS
+@POSITIONS
 @click.option("--residual/--no-residual", default=False, help="Add the input to the output, as a decoder layer does.")
 @click.option("--cache-in", type=PATH, help="Go on from a cache that --cache-out wrote.")
 @click.option("--cache-out", type=PATH, help="Write the cache after the run (.safetensors).")
 @KEY
-@_DTYPE
+@DTYPE
 @DEVICE
-@_ANGLES
+@ANGLES
 @JSON
 def run(
     model: Path,
@@ -209,11 +189,11 @@ def run(
         if out is not None and out.absolute() == cache_out.absolute():
             raise click.UsageError(f"--out and --cache-out are both {out}; name two files.")
     dump = io.load_dump(activations, key)
-    attention = _load_layer(model, layer, dtype or _natural_dtype(dump.hidden_states), device, angles)
-    x = _convert(activations, dump.hidden_states, attention)
+    attention = load_layer(model, layer, dtype or natural_dtype(dump.hidden_states), device, angles)
+    x = convert(activations, dump.hidden_states, attention)
     batch, seq, _ = x.shape
     cache = attention.new_cache(batch, seq) if cache_in is None else io.load_cache(cache_in, attention, room=seq)
-    given = _positions(positions, dump.positions, seq)
+    given = given_positions(positions, dump.positions, seq)
     y, collected = _run_chunks(attention, x, cache, given, residual, wanted)
 
     if not dump.batched:
@@ -238,93 +218,14 @@ def run(
             "stages": list(collected), "cache_out": None if cache_out is None else str(cache_out),
         })  # fmt: skip
     else:
-        ran = f"Layer {layer} of {model} on {batch} x {seq} tokens, {attention.dtype} on the {_device_name(attention)}"
+        where = f"{attention.dtype} on the {device_name(attention.device)}"
+        ran = f"Layer {layer} of {model} on {batch} x {seq} tokens, {where}"
         click.echo(f"{ran}: rms {rms:.4g}, max |y| {largest:.4g}{'' if finite else ', NOT FINITE'}.")
         if out is not None:
             click.echo(f"Wrote {', '.join([io.OUTPUT, *collected])} to {out}.")
         if cache_out is not None:
             click.echo(f"Wrote the cache of {', '.join(map(str, cache.lengths))} tokens to {cache_out}.")
     if not finite:
-        raise click.exceptions.Exit(1)
-
-
-@main.command()
-@MODEL
-@_ACTIVATIONS
-@_LAYER
-@_POSITIONS
-@click.option("--tokens", type=click.IntRange(1), default=None, help="Use only the first tokens of each sequence.")
-@KEY
-@_DTYPE
-@DEVICE
-@_ANGLES
-@PLOT
-@JSON
-def verify(
-    model: Path,
-    activations: Path,
-    layer: int,
-    positions: str | None,
-    tokens: int | None,
-    key: str | None,
-    dtype: str | None,
-    device: str,
-    angles: str,
-    plot: Path | None,
-    as_json: bool,
-) -> None:
-    """Compare a layer of MODEL with the float64 reference on ACTIVATIONS, stage by stage.
-
-    If ACTIVATIONS is a dump that holds stages (named as `cupy-attn run --stages` does, the output y), the layer is
-    compared with those too. --plot draws the error of every stage beside its bar, and by position. Exit status 1 if any
-    stage misses its bar.
-    """
-    if plot is not None:
-        check_plot(plot)
-    dump = io.load_dump(activations, key)
-    attention = _load_layer(model, layer, dtype or _natural_dtype(dump.hidden_states), device, angles)
-    x = _convert(activations, dump.hidden_states, attention)
-    given = _positions(positions, dump.positions, x.shape[1])
-    if sys.stderr.isatty() and not as_json:
-        click.echo("  computing the float64 reference ...", err=True)
-    result = verify_layer(
-        attention,
-        x,
-        positions=given,
-        expected=dump.stages,
-        expected_dtype=_natural_dtype(dump.hidden_states),
-        tokens=tokens,
-        angles=angles,
-    )
-    x = x[:, :tokens]
-    if plot is not None:
-        caption = f"{model}, layer {layer}, {attention.dtype} on the {_device_name(attention)}, cupy_attn {__version__}"
-        verification_plot(result, caption, plot)
-    if as_json:
-        echo_json(_verification_json(attention, x, result))
-    else:
-        ran = f"Layer {layer} of {model}, {x.shape[0]} x {x.shape[1]} tokens, {attention.dtype}"
-        largest = attention.weights.k_norm_stats.max_abs
-        click.echo(f"{ran} on the {_device_name(attention)}, max |k_norm.weight| {largest:g}.")
-        for title, rows in (("Against the float64 reference", result.reference), ("Against the dump", result.dump)):
-            if rows:
-                click.echo(f"\n{title}:")
-                click.echo(table(
-                    ("stage", "max abs", "relative L2", "bar", "verdict"),
-                    [(r.stage, f"{r.max_abs:.2e}", f"{r.relative_l2:.2e}", f"{r.bar:.2e}", _verdict(r.passed))
-                     for r in rows]))  # fmt: skip
-        if result.departure is not None:
-            click.echo(f"\n{result.departure.text}")
-        for sentence in result.collapse:
-            click.echo(f"Collapse: {sentence}")
-        misses = [r.stage for r in (*result.reference, *result.dump) if not r.passed]
-        if result.passed:
-            click.echo("\nAll stages are within their bars.")
-        else:
-            click.echo(f"\nMISSED: {', '.join(misses) or 'collapsed'}; the first stage named is where to look.")
-        if plot is not None:
-            click.echo(f"Wrote {plot}.")
-    if not result.passed:
         raise click.exceptions.Exit(1)
 
 
@@ -413,37 +314,9 @@ def doctor(everything: bool, as_json: bool) -> None:
         click.echo("self-test (one layer with the K-norm weights of Qwen3-0.6B layer 0, against float64):")
         for row in report["self_test"]:
             error = row.get("why") or f"relative L2 {row['relative_l2']:.2g}, bar {row['bar']:g}"
-            click.echo(f"  {row['device']:5} {row['dtype']:9} {error}: {_verdict(row['passed'])}")
+            click.echo(f"  {row['device']:5} {row['dtype']:9} {error}: {verdict(row['passed'])}")
     if not report["ok"]:
         raise click.exceptions.Exit(1)
-
-
-def _load_layer(model: Path, layer: int, dtype: str, device: str, angles: str) -> Attention:
-    config = AttentionConfig.from_pretrained(model)
-    weights = AttentionWeights.from_pretrained(model, layer, config=config)
-    attention = Attention(config, weights, dtype, device, angles=angles)
-    lost = attention.weights.losses
-    if lost and (weights.dtype != np.float32 or any(loss.zeroed for loss in lost.values())):
-        zeroed = sum(loss.zeroed for loss in lost.values())
-        worst = max(lost.items(), key=lambda item: item[1].relative)
-        click.echo(f"Note: converting {weights.dtype} to {dtype} set {zeroed} values to zero and moved {worst[0]} the "
-                   f"most, by {worst[1].relative:.1g} (relative L2).", err=True)  # fmt: skip
-    return attention
-
-
-def _natural_dtype(x: np.ndarray) -> str:
-    return x.dtype.name if x.dtype in STORAGE_DTYPES.values() else "float32"
-
-
-def _convert(path: Path, x: np.ndarray, layer: Attention) -> np.ndarray:
-    io.check_activations(str(path), x, layer.config.hidden_size)
-    with np.errstate(over="ignore"):
-        converted = x.astype(layer.dtype, copy=False)
-    if converted is not x and not np.isfinite(converted.astype(np.float32)).all():
-        cure = "pass --dtype bfloat16 or float32" if layer.dtype == np.float16 else "dump the activations again"
-        raise InputError(f"{path} holds values up to {np.abs(x.astype(np.float64)).max():.4g}, too large for "
-                         f"{layer.dtype}; {cure}.")  # fmt: skip
-    return converted
 
 
 def _stage_names(stages: str | None) -> list[str]:
@@ -456,27 +329,6 @@ def _stage_names(stages: str | None) -> list[str]:
     if unknown or not names:
         raise click.UsageError(f"--stages {stages}: choose 'all' or some of {', '.join(RUN_STAGES)}.")
     return names
-
-
-def _positions(option: str | None, from_dump: np.ndarray | None, seq: int) -> np.ndarray | None:
-    if option is None:
-        return from_dump
-    try:
-        start = int(option)
-    except ValueError:
-        if Path(option).suffix not in io.FORMATS:
-            raise InputError(f"--positions {option} is neither a whole number nor a file of {', '.join(io.FORMATS)}; "
-                             "give the first position or such a file.") from None  # fmt: skip
-        arrays, _ = io.load_arrays(option)
-    else:
-        if abs(start) > np.iinfo(np.int32).max:
-            raise InputError(f"--positions {option} is beyond any model's positions; give the first token's position.")
-        return start + np.arange(seq)
-    if io.POSITIONS in arrays:
-        return arrays[io.POSITIONS]
-    if len(arrays) != 1:
-        raise FileError(f"{option} holds {len(arrays)} arrays, none named {io.POSITIONS}; name the positions so.")
-    return next(iter(arrays.values()))
 
 
 def _run_chunks(
@@ -584,22 +436,3 @@ def _build_table(results: Sequence[Any], offline: bool, verbose: bool) -> str:
 
 def _kernel_name(result: Any) -> str:
     return " ".join([result.name, *(f"{key}={value}" for key, value in result.macros)])
-
-
-def _verification_json(layer: Attention, x: np.ndarray, result: Verification) -> dict[str, Any]:
-    def rows(stage_errors: list[Any]) -> list[dict[str, Any]]:
-        return [dataclasses.asdict(r) | {"passed": r.passed} for r in stage_errors]
-
-    return {
-        "passed": result.passed, "layer": layer.layer, "dtype": str(layer.dtype), "device": layer.device,
-        "shape": list(x.shape), "reference": rows(result.reference), "dump": rows(result.dump),
-        "departure": result.departure and dataclasses.asdict(result.departure), "collapse": result.collapse,
-    }  # fmt: skip
-
-
-def _verdict(passed: bool) -> str:
-    return "ok" if passed else "MISSED"
-
-
-def _device_name(layer: Attention) -> str:
-    return "GPU" if layer.device == "cuda" else "CPU"

@@ -12,6 +12,7 @@ import numpy as np
 
 from . import __version__, health, io
 from .cache import KVCache
+from .cli_inputs import layer_of_dump, other_layer
 from .config import AttentionConfig
 from .errors import InputError
 from .plan import check_positions
@@ -109,16 +110,14 @@ def _read_dump(model: Path, config: AttentionConfig, path: Path, layer: int | No
 
 def _layer_of(path: Path, metadata: dict[str, str], asked: int | None) -> int:
     """Return the layer that a dump is of: what it says, or what was asked for if it says nothing."""
-    said = metadata.get("layer")
+    said = layer_of_dump(path, metadata)
     if said is None:
         if asked is None:
             raise InputError(f"{path} does not say which layer it is of; pass --layer.")
         return asked
-    if not said.isdecimal():
-        raise InputError(f"{path} says that it is of layer {said!r}, which is no number; dump it again.")
-    if asked not in (None, int(said)):
-        raise InputError(f"{path} is of layer {said}, not {asked}; leave out --layer or name a dump of layer {asked}.")
-    return int(said)
+    if asked not in (None, said):
+        raise other_layer(path, said, asked)
+    return said
 
 
 def _inspect_dumps(

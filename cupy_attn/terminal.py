@@ -43,3 +43,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         cells = [row[0].ljust(widths[0])] + [cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True)]
         lines.append("  ".join(cells).rstrip())
     return "\n".join(lines)
+
+
+def verdict(passed: bool) -> str:
+    """Return what a check says."""
+    return "ok" if passed else "MISSED"

@@ -417,6 +417,55 @@ def test_verify_says_where_a_dump_departs(small):
     assert json.loads(invoke("verify", small, dumped(small), "--json").stdout)["departure"] is None
 
 
+def dumped_by_run(folder, layer):
+    path = folder / f"run-layer{layer}.safetensors"
+    invoke("run", folder, folder / "x.npy", "--layer", layer, "--out", path, "--stages", "all")
+    return path
+
+
+def test_verify_takes_the_layer_that_a_dump_says(small):
+    path = dumped_by_run(small, 1)
+    assert json.loads(invoke("verify", small, path, "--json").stdout)["layer"] == 1
+    refused("verify", small, path, "--layer", 0, says="is of layer 1, not 0; leave out --layer")
+
+
+def test_verify_of_several_dumps_is_one_table(small):
+    paths = [dumped_by_run(small, layer) for layer in (0, 1)]
+    printed = invoke("verify", small, *paths).stdout
+    assert "2 layers of" in printed
+    for layer, path in enumerate(paths):
+        (line,) = (line for line in printed.splitlines() if line.startswith(f"{layer}, {path.name} "))
+        assert line.split()[-2:] == ["ok", "ok"]
+    assert printed.endswith("All stages of all layers are within their bars.\n")
+    told = json.loads(invoke("verify", small, *paths, "--json").stdout)
+    assert told["passed"] is True
+    assert [one["layer"] for one in told["layers"]] == [0, 1]
+    assert [one["activations"] for one in told["layers"]] == [str(path) for path in paths]
+    assert all(set(one) == VERIFY_KEYS | {"activations"} for one in told["layers"])
+
+
+def test_verify_of_several_names_the_layer_that_misses(small):
+    path = dumped_by_run(small, 1)
+    arrays, metadata = io.load_arrays(path)
+    io.save_arrays(path, arrays | {"k_norm": arrays["k_norm"] * 2}, metadata)
+    printed = invoke("verify", small, dumped(small), path, status=1).stdout
+    assert "MISSED: layer 1 (k_norm). Verify such a layer alone" in printed
+    lines = [line.split() for line in printed.splitlines() if line.endswith((" ok", " MISSED"))]
+    assert [line[-2:] for line in lines] == [["ok", "ok"], ["k_norm", "MISSED"]]
+    assert json.loads(invoke("verify", small, dumped(small), path, "--json", status=1).stdout)["passed"] is False
+
+
+def test_verify_of_several_layers_on_the_same_activations(small, tmp_path):
+    options = ("--layer", 1, "--layer", 0, "--layer", 1)
+    told = json.loads(invoke("verify", small, small / "x.npy", *options, "--json", "--tokens", 3).stdout)
+    assert [(one["layer"], one["shape"]) for one in told["layers"]] == [(1, [1, 3, 96]), (0, [1, 3, 96])]
+    table = invoke("verify", small, small / "x.npy", *options).stdout.splitlines()
+    assert [line.split()[0] for line in table[4:6]] == ["1", "0"]
+    pytest.importorskip("matplotlib")
+    refused("verify", small, small / "x.npy", *options, "--plot", tmp_path / "v.png", status=2,
+            says="--plot draws one layer, 2 are asked for", where=tmp_path)  # fmt: skip
+
+
 @pytest.mark.parametrize("damage", ["wrong", "NaN"])
 def test_verify_notices_a_backend_that_is_wrong(small, monkeypatch, damage):
     usual = CpuBackend.forward
