@@ -91,6 +91,16 @@ def test_a_conversation_goes_on_in_one_cache(ready):
     assert relative(logits(model, ids, past_key_values=cache), whole) <= LOGITS_BAR
 
 
+@pytest.mark.parametrize("name", ["past_key_values", "cache"])
+def test_a_layer_takes_the_cache_by_its_old_and_its_new_name(name):
+    model = make_model()
+    patch(model, capacity=16)
+    cache, positions = transformers.DynamicCache(config=model.config), torch.arange(3)[None]
+    with torch.no_grad():
+        model.model.layers[0](torch.randn(1, 3, 96), position_ids=positions, **{name: cache})
+    assert cache.get_seq_length() == 3
+
+
 def test_positions_are_the_models():
     model, ids = make_model(), torch.tensor([PROMPTS[0]])
     positions = torch.tensor([[0, 1, 2, 10, 11, 40, 41, 42]])

@@ -115,9 +115,10 @@ class _Patch:
 
     def _forward(
         self, decoder: Any, layer: Attention, hidden_states: Any, *, position_ids: Any = None,
-        past_key_values: Any = None, **kwargs: Any,
+        past_key_values: Any = None, cache: Any = None, **kwargs: Any,
     ) -> Any:  # fmt: skip
-        """Stand in for a decoder layer's ``forward``."""
+        """Stand in for a decoder layer's ``forward``; ``past_key_values`` is ``cache`` from transformers 5.24 on."""
+        past_key_values = past_key_values if cache is None else cache
         if kwargs.get("output_attentions"):
             raise InputError("output_attentions is set; a patched model does not keep attention weights, unpatch it.")
         if torch.is_grad_enabled() and hidden_states.requires_grad:
