@@ -15,6 +15,7 @@ import contextlib
 import gc
 import importlib
 import json
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -66,7 +67,7 @@ def found_peers(dtype: str) -> tuple[dict[str, Builder], dict[str, str], dict[st
     builders: dict[str, Builder] = {"ours": STACKS["ours"]}
     try:
         torch_peers = importlib.import_module("torch_peers")
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # the latter from a library that PyTorch does not find
         versions, missing = {}, dict.fromkeys(LABELS.keys() - BASELINES.keys(), str(error))
     else:
         versions, missing = torch_peers.versions()
@@ -81,8 +82,8 @@ def release() -> None:
     """Give back the memory of a case, CuPy's and PyTorch's."""
     gc.collect()
     cupy.get_default_memory_pool().free_all_blocks()
-    with contextlib.suppress(ImportError):
-        importlib.import_module("torch_peers").release()
+    if sys.modules.get("torch_peers"):
+        sys.modules["torch_peers"].release()
 
 
 def reason(error: BaseException) -> str:
