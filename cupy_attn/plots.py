@@ -208,7 +208,7 @@ class Panel:
 
 def times_plot(panels: Sequence[Panel], caption: str, label_y: str, path: Path) -> None:
     """Draw times over tokens, both on log axes, a label in the same colour everywhere."""
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     rows = -(-len(panels) // columns)
@@ -231,7 +231,8 @@ def times_plot(panels: Sequence[Panel], caption: str, label_y: str, path: Path) 
         axes.xaxis.set_major_locator(FixedLocator(sorted({n for curve in panel.curves for n in curve.tokens})))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        low, high = axes.get_ylim()
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 8 * low else MaxNLocator(6))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
         axes.margins(x=0.1)
