@@ -1,0 +1,231 @@
+"""Every CUDA kernel on the CPU (emulated_gpu.py): right on machines without a GPU, whichever warp runs first.
+
+Wrong rows and races are looked for here; test_gpu_accuracy.py is about the last digit.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+
+import emulated_gpu
+import numpy as np
+import pytest
+from conftest import make_config, make_hidden, make_weights
+
+import cupy_attn as ca
+from cupy_attn import kernels, reference
+from cupy_attn.accuracy import BARS
+
+pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
+
+HALVES = ("float16", "bfloat16")
+TAME, WILD = 1.5, 96.5  # normal and precise path
+NAN_BITS = 0xFFFF
+SHAPES = [  # Hq, Hkv, D, H: groups of one and two tiles, rows padded and mixed up, half of an odd number of blocks
+    (4, 2, 128, 264), (8, 8, 256, 104), (5, 1, 80, 136), (20, 1, 64, 72), (2, 2, 16, 24), (3, 1, 192, 56),
+]  # fmt: skip
+
+
+def config_of(heads: int, kv_heads: int, head_dim: int, hidden: int, **changes) -> ca.AttentionConfig:
+    return make_config(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim, hidden_size=hidden,
+                       **changes)  # fmt: skip
+
+
+WINDOW = {"use_sliding_window": True, "sliding_window": 40, "max_window_layers": 0}
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """Five multiprocessors: runs of keys end within heads and cross from one to the next."""
+    emulated_gpu.pretend(monkeypatch, num_sms=5)
+
+
+def make_layer(config, dtype, k_norm_max, **options) -> ca.Attention:
+    return ca.Attention(config, make_weights(config, k_norm_max=k_norm_max, dtype=dtype), dtype, "cuda", **options)
+
+
+def filled_cache(layer, lengths, capacity, positions=None):
+    """Return a cache of random keys and values; rows past a length are NaN."""
+    cache, rng = layer.new_cache(len(lengths), capacity), np.random.default_rng(5)
+    for heads in (cache.k_heads, cache.v_heads):
+        heads.view(np.uint16).fill(NAN_BITS)
+        for b, length in enumerate(lengths):
+            heads[b, :, :length] = rng.standard_normal((heads.shape[1], length, heads.shape[3])).astype(layer.dtype)
+    cache.assume(list(lengths))
+    if positions is not None:
+        cache._positions[:, : positions.shape[1]] = positions
+        cache._upload()
+    return cache
+
+
+def held(cache, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    count = int(cache.lengths[b])
+    k, v = (np.array(heads[b : b + 1, :, :count]).view(np.ndarray).transpose(0, 2, 1, 3)
+            for heads in (cache.k_heads, cache.v_heads))  # fmt: skip
+    return k, v, cache.positions[b : b + 1, :count]
+
+
+def call(layer, cache, seq: int, counts=None, *, seed=1) -> np.ndarray:
+    """Call the layer and hold every sequence to the bar, the cache to what it must have become; return y."""
+    x = make_hidden(layer.config, cache.batch, seq, seed=seed, dtype=layer.dtype)
+    before = [held(cache, b) for b in range(cache.batch)]
+    y = layer(x, cache, num_tokens=counts)
+    for b, count in enumerate(counts or [seq] * cache.batch):
+        assert not y[b, count:].any()
+        if count:
+            _, stages = reference.forward(layer.config, layer.weights, x[b : b + 1, :count], dtype=layer.dtype,
+                                          past=before[b])  # fmt: skip
+            assert ca.relative_l2(y[b : b + 1, :count], stages["output"]) <= BARS[str(layer.dtype)]
+        for old, new in zip(before[b], held(cache, b), strict=True):
+            assert old.tobytes() == new[:, : old.shape[1]].tobytes()
+        end = int(cache.lengths[b])
+        for heads in (cache.k_heads, cache.v_heads):
+            assert (heads[b, :, end:].view(np.uint16) == NAN_BITS).all()
+    return y
+
+
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+def test_decode_of_any_shape(gpu, shape, dtype, k_norm_max):
+    layer = make_layer(config_of(*shape), dtype, k_norm_max)
+    for lengths in ([0], [127], [300, 0, 65]):
+        cache = filled_cache(layer, lengths, max(lengths) + 4)
+        call(layer, cache, 1)
+        call(layer, cache, 1, [1, 0, 1][: cache.batch], seed=2)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=["D 128", "D 80"])
+def test_decode_at_the_edges_of_tiles(gpu, shape, dtype):
+    layer = make_layer(config_of(*shape), dtype, TAME)
+    for length in (1, 15, 16, 17, 31, 63, 64, 255, 256, 257, 511):
+        call(layer, filled_cache(layer, [length], length + 1), 1)
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 3, 40])
+def test_decode_on_gpus_of_any_size(monkeypatch, num_sms):
+    emulated_gpu.pretend(monkeypatch, num_sms)
+    layer = make_layer(config_of(*SHAPES[0]), "float16", TAME)
+    for lengths in ([700], [90, 90, 90], [1, 500, 40, 0, 213], [33] * 9):
+        call(layer, filled_cache(layer, lengths, max(lengths) + 1), 1)
+
+
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD])
+def test_decode_with_a_window(gpu, k_norm_max):
+    layer = make_layer(config_of(*SHAPES[0], **WINDOW), "float16", k_norm_max)
+    assert layer.sliding_window == 40
+    for lengths in ([10], [300, 39, 40, 41]):
+        call(layer, filled_cache(layer, lengths, max(lengths) + 1), 1)
+
+
+def test_decode_where_positions_have_gaps(gpu):
+    layer = make_layer(config_of(*SHAPES[0]), "float16", TAME)
+    rng = np.random.default_rng(3)
+    positions = np.stack([np.sort(rng.permutation(900)[:130]), np.arange(130) * 2, 3 + np.arange(130)])
+    cache = filled_cache(layer, [130, 90, 130], 140, positions)
+    call(layer, cache, 1)
+    call(layer, cache, 1, seed=2)
+
+
+def test_decode_with_the_angles_of_transformers(gpu):
+    layer = make_layer(config_of(*SHAPES[0]), "float16", TAME, angles="float32")
+    cache = filled_cache(layer, [200], 201)
+    x, before = make_hidden(layer.config, 1, 1, dtype="float16"), held(cache, 0)
+    _, stages = reference.forward(layer.config, layer.weights, x, dtype="float16", past=before, angles="float32")
+    assert ca.relative_l2(layer(x, cache), stages["output"]) <= BARS["float16"]
+
+
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=["D 128", "D 80"])
+def test_prefill_chunks_and_steps(gpu, shape, dtype, k_norm_max):
+    layer = make_layer(config_of(*shape), dtype, k_norm_max)
+    cache = filled_cache(layer, [0, 0], 100)
+    for seed, (seq, counts) in enumerate([(40, [40, 17]), (1, None), (20, [0, 20]), (1, None)]):
+        call(layer, cache, seq, counts, seed=seed)
+
+
+def test_more_sequences_than_share_a_read_of_the_weights(gpu):
+    layer = make_layer(config_of(*SHAPES[0]), "bfloat16", TAME)
+    call(layer, filled_cache(layer, [0, 1, 63, 64, 65, 130, 2, 128, 70, 17], 140), 1)
+
+
+def test_stages(gpu):
+    layer = make_layer(config_of(*SHAPES[0]), "float16", WILD)
+    x, stages = make_hidden(layer.config, 1, 20, dtype="float16"), {}
+    y = layer(x, layer.new_cache(1, 20), stages=stages)
+    exact, wanted = reference.forward(layer.config, layer.weights, x, dtype="float16")
+    assert ca.relative_l2(y, exact) <= BARS["float16"]
+    for name, stage in stages.items():
+        assert ca.relative_l2(stage, wanted[name]) <= BARS["float16"], name
+
+
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD])
+def test_the_same_bits_whichever_warp_runs_first(gpu, monkeypatch, k_norm_max):
+    """Which copies land early is as random: a read that does not wait for one, or a missing barrier, shows here."""
+    layer = make_layer(config_of(*SHAPES[0]), "float16", k_norm_max)
+    results = set()
+    for seed in range(0, 2000, 500):
+        monkeypatch.setattr(emulated_gpu.EmulatedLauncher, "seed", seed)
+        cache = filled_cache(layer, [300, 0, 65], 330)
+        results.add(b"".join(call(layer, cache, seq).tobytes() for seq in (1, 20, 1)))
+    assert len(results) == 1
+
+
+# The emulator itself.
+
+
+def test_every_kernel_translates():
+    for file in sorted(kernels.SOURCES.iterdir()):
+        assert "asm" not in emulated_gpu.translate(file.read_text()).split(), file.name
+    with pytest.raises(ValueError, match="does not know 'wgmma"):
+        emulated_gpu.translate('asm volatile("wgmma.fence.sync.aligned;" ::: "memory");')
+
+
+KERNEL = """
+#include "call.cuh"
+extern "C" __global__ void trial(const Call call) {
+    extern __shared__ __align__(16) float numbers[];
+    %s
+}
+"""
+
+
+@functools.cache
+def kinds() -> tuple[tuple[str, str], ...]:
+    return tuple(sorted({"STORAGE": "__half", "HEAD_DIM": "16", "PARTS": "1"}.items()))
+
+
+def trial(tmp_path, monkeypatch, body: str, seeds=range(10)) -> set[bytes]:
+    """Return what a block of 64 threads may leave in ``call.partial``."""
+    for header in kernels.SOURCES.glob("*.cuh"):
+        (tmp_path / header.name).write_bytes(header.read_bytes())
+    (tmp_path / "trial.cu").write_text(KERNEL % body)
+    monkeypatch.setattr(kernels, "SOURCES", tmp_path)
+    emulated_gpu.kernel.cache_clear()
+    run, results = emulated_gpu.kernel("trial", kinds()), set()
+    for seed in seeds:
+        call_of, out = np.zeros(1, ca.cuda.CALL), np.zeros(64, np.float32)
+        call_of["partial"] = out.ctypes.data
+        source = np.arange(64, dtype=np.float32)
+        call_of["qkv"] = source.ctypes.data
+        run(1, 64, 4096, seed, call_of)
+        results.add(out.tobytes())
+    emulated_gpu.kernel.cache_clear()
+    return results
+
+
+WRITE = "numbers[threadIdx.x] = threadIdx.x; %s call.partial[threadIdx.x] = numbers[63 - threadIdx.x];"
+COPY = """const int first = threadIdx.x / 4 * 4;
+if (threadIdx.x %% 4 == 0) copy16_async(numbers + first, call.qkv + first, true);
+copies_commit(); %s __syncthreads(); call.partial[threadIdx.x] = numbers[threadIdx.x];"""
+
+
+@pytest.mark.parametrize(("body", "right"), list(itertools.product((WRITE, COPY), (False, True))))
+def test_a_missing_barrier_or_wait_shows(tmp_path, monkeypatch, body, right):
+    mends = {WRITE: "__syncthreads();", COPY: "copies_wait<0>();"}
+    results = trial(tmp_path, monkeypatch, body % (mends[body] if right else ""))
+    expected = np.arange(64, dtype=np.float32)[:: -1 if body is WRITE else 1].tobytes()
+    assert (results == {expected}) is right
