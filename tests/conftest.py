@@ -72,6 +72,32 @@ def usual_kernels() -> None:
     build_ahead([*kernels_of(kinds + odd, [(1, 1), (2, 20)]), *kernels_of(kinds + wide, [(2, 20)], collect=True)])
 
 
+@pytest.fixture(scope="session")
+def made(tmp_path_factory):
+    """Return a folder with a demo checkpoint in ``model``; nothing in it is changed by a test."""
+    from cli_helpers import invoke
+
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "printed").write_text(invoke("demo", folder / "model").stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(made):
+    return made / "model"
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Return a checkpoint of two layers in one file: 96 wide, 4:2 heads of 32, and activations beside it."""
+    from cli_helpers import write_small
+
+    folder = tmp_path / "small"
+    folder.mkdir()
+    write_small(folder, make_config(num_hidden_layers=2))
+    return folder
+
+
 def pytest_collection_modifyitems(items) -> None:
     """Skip what needs a GPU where there is none; tests of every storage dtype may take the slow path."""
     problem = cuda.problem()
