@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
-import math
 import re
 import shutil
 import subprocess
@@ -28,7 +27,9 @@ from cupy_attn.kernels import Macros
 from cupy_attn.launch import Launch
 
 HEADER = Path(__file__).resolve().parent / "emulator"
-RESERVED = 1024  # bytes of shared memory ahead of a block's own
+RESERVED = (
+    1024  # bytes of shared memory ahead of a block's own; static arrays take one alignment of the dynamic part more
+)
 
 # Inline PTX: the beginning of the instruction, the function that stands for it, arguments of its own.
 INSTRUCTIONS = (
@@ -111,8 +112,6 @@ def translate(text: str) -> str:
     """Return CUDA source as C++."""
     out, i = [], 0
     for match in re.finditer(r"\basm(?:\s+volatile)?\s*\(", text):
-        if match.start() < i:
-            continue
         end = _closing(text, match.end() - 1)
         out += [text[i : match.start()], _call_of(text[match.end() : end])]
         i = end + 1
@@ -133,9 +132,9 @@ def kernel(name: str, macros: Macros):
             (Path(folder) / header.name).write_text(translate(header.read_text()))
         (Path(folder) / "kernel.cpp").write_text(
             f'#define __CUDA_ARCH__ 900\n#include "cuda_emulator.h"\n{defines}{translate(source)}\n'
-            'extern "C" void run(unsigned grid, unsigned threads, int smem, unsigned seed, const Call* call) {\n'
+            'extern "C" const char* run(unsigned grid, unsigned threads, int smem, unsigned seed, const Call* call) {\n'
             f"    emulator::shared_start = {start};\n"
-            f"    emulator::launch(grid, threads, smem, seed, [=] {{ {name}(*call); }});\n}}\n"
+            f"    return emulator::launch(grid, threads, smem, seed, [=] {{ {name}(*call); }});\n}}\n"
         )
         library = Path(folder) / "kernel.so"
         command = [
@@ -147,10 +146,12 @@ def kernel(name: str, macros: Macros):
             raise RuntimeError(done.stderr[:4000])
         run = ctypes.CDLL(str(library)).run
     run.argtypes = (ctypes.c_uint, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
-    run.restype = None
+    run.restype = ctypes.c_char_p
 
     def launch(grid: int, threads: int, smem_bytes: int, seed: int, call: np.ndarray) -> None:
-        run(grid, threads, smem_bytes, seed, call.ctypes.data)
+        why = run(grid, threads, smem_bytes, seed, call.ctypes.data)
+        if why:
+            raise AssertionError(f"{name}: {why.decode()}")
 
     return launch
 
@@ -184,6 +185,13 @@ class _Device:
         pass
 
 
+def unwritten(shape: Any, dtype: Any) -> np.ndarray:
+    """Return an array of 0xff bytes, which are NaN."""
+    array = np.empty(shape, dtype)
+    array.view(np.uint8).fill(0xFF)
+    return array
+
+
 def fake_cupy() -> types.ModuleType:
     """Return a module with what the CUDA backend and caches use of CuPy."""
     cupy = types.ModuleType("cupy")
@@ -194,16 +202,7 @@ def fake_cupy() -> types.ModuleType:
     cupy.ndarray = DeviceArray
     for name in ("zeros", "ascontiguousarray"):
         setattr(cupy, name, on_device(getattr(np, name)))
-    cupy.empty = on_device(
-        lambda shape, dtype: (
-            np.frombuffer(  # not written yet: NaN
-                b"\xff" * (math.prod(np.atleast_1d(shape)) * np.dtype(dtype).itemsize), np.uint8
-            )
-            .copy()
-            .view(dtype)
-            .reshape(shape)
-        )
-    )
+    cupy.empty = on_device(unwritten)
     cupy.asarray = on_device(np.array)
     cupy.asnumpy = lambda array: np.array(array).view(np.ndarray)
     cupy.cuda = types.SimpleNamespace(Device=_Device, get_current_stream=_Stream)

@@ -235,7 +235,10 @@ def test_the_tool_fails_if_patching_costs_accuracy(tmp_path, monkeypatch):
 
 # On a GPU.
 
-NOISE_MARGINS = 4  # logits may move by this many times the root mean square of what the dtype costs transformers
+# A choice is sure where two logits are further apart than this many times the dtype's noise: the root mean square, over
+# a position's logits, of what the dtype costs transformers' own model there. On the CPU the patched model's error is
+# half of that, at worst 0.97; the largest gap it closed was 1.2 times it in bfloat16, 0.7 in float16.
+NOISE_MARGINS = 3
 
 
 @pytest.mark.gpu
@@ -254,7 +257,7 @@ def test_a_model_of_28_layers_says_what_float32_says(dtype):
     start = ids.shape[1]
     wanted = expected[:, start - 1 : -1]
     own = logit_error(model, truth, shown, expected)
-    noise = (logits(model, truth, shown)[:, start - 1 : -1].float() - wanted).square().mean().sqrt()
+    noise = (logits(model, truth, shown)[:, start - 1 : -1].float() - wanted).square().mean(-1).sqrt()
     patch(model, capacity=256)
     ours = logit_error(model, truth, shown, expected)
     assert ours < own, (ours, own)

@@ -4,7 +4,7 @@
 // matrix loads and products) waits until all its lanes have come to it, and it is an error if they come to different
 // things. Which warp runs when is random, from a seed. Asynchronous copies land when they are waited for, or at once,
 // at random too: a read too early finds what was there before. Every access by a matrix load or a copy to shared memory
-// is checked against the block's dynamic shared memory. emulator.py turns inline PTX into calls of ptx_... below.
+// is checked against the block's dynamic shared memory. emulated_gpu.py turns inline PTX into calls of ptx_... below.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -50,6 +50,7 @@ inline std::vector<Thread> threads;
 inline std::vector<Warp> warps;
 inline Thread* current;
 inline ucontext_t scheduler;
+inline bool is_in_thread;
 inline int block_waiting, block_alive, shared_bytes, shared_start;
 inline uint3 block_index;
 inline dim3 block_size, grid_size;
@@ -57,10 +58,12 @@ inline std::mt19937 random_bits;
 inline std::function<void()> kernel;
 alignas(1024) inline char shared_memory[MOST_SHARED];
 
-[[noreturn]] inline void fail(const char* what) {
-    std::fprintf(stderr, "emulator: %s; block %u, thread %u\n", what, block_index.x, current->index.x);
-    std::fflush(stderr);
-    std::_Exit(99);
+inline char failure[200];  // why the launch was given up, or empty
+
+// Give the launch up. A thread that says so is not run any more, nor is any other.
+inline void fail(const char* what) {
+    std::snprintf(failure, sizeof failure, "%s; block %u, thread %u", what, block_index.x, current->index.x);
+    if (is_in_thread) swapcontext(&current->context, &scheduler);
 }
 
 inline void yield() { swapcontext(&current->context, &scheduler); }
@@ -75,7 +78,11 @@ inline void leave_warp(Warp& warp) {
 template <typename Act>
 void together(const char* what, void* arguments, Act act) {
     Warp& warp = warps[current->warp];
-    if (warp.waiting && std::strcmp(warp.what, what)) fail(what);
+    if (warp.waiting && std::strcmp(warp.what, what)) {
+        char apart[100];
+        std::snprintf(apart, sizeof apart, "a lane is at %s, others of its warp at %s", what, warp.what);
+        fail(apart);
+    }
     if (block_size.x % LANES || warp.alive != LANES) fail("not all lanes of a warp are there");
     warp.what = what;
     warp.arguments[current->lane] = arguments;
@@ -89,9 +96,14 @@ void together(const char* what, void* arguments, Act act) {
     yield();
 }
 
+inline void land(const Copy& copy) {
+    std::memset(copy.to, 0, copy.bytes);
+    std::memcpy(copy.to, copy.from, copy.valid);
+}
+
 inline void entry() {
     kernel();
-    for (Copy& copy : current->copies) std::memcpy(copy.to, copy.from, copy.valid);  // they end with their thread
+    for (const Copy& copy : current->copies) land(copy);  // they end with their thread
     current->state = DONE;
     --warps[current->warp].alive;
     --block_alive;
@@ -127,7 +139,10 @@ inline void run_block() {
                 if (t.state != READY) continue;
                 any = true;
                 current = &t;
+                is_in_thread = true;
                 swapcontext(&scheduler, &t.context);
+                is_in_thread = false;
+                if (*failure) return;
             }
         }
         if (block_alive && block_waiting == block_alive) {
@@ -135,7 +150,7 @@ inline void run_block() {
             for (Thread& t : threads)
                 if (t.state == AT_BLOCK) t.state = READY;
         } else if (!any) {
-            fail("every thread waits");
+            return fail("every thread waits");
         }
     }
 }
@@ -147,21 +162,18 @@ inline char* shared(unsigned address, int bytes) {
     return shared_memory + offset;
 }
 
-inline void land(const Copy& copy) {
-    std::memset(copy.to, 0, copy.bytes);
-    std::memcpy(copy.to, copy.from, copy.valid);
-}
-
-// Launch on every block, in order.
-inline void launch(unsigned grid, unsigned block, int smem_bytes, unsigned seed, std::function<void()> function) {
+// Launch on every block, in order; return why it was given up, or nothing.
+inline const char* launch(unsigned grid, unsigned block, int smem_bytes, unsigned seed, std::function<void()> function) {
     kernel = std::move(function);
     grid_size = dim3(grid), block_size = dim3(block), shared_bytes = smem_bytes;
     random_bits.seed(seed);
-    for (unsigned i = 0; i < grid; ++i) {
+    *failure = 0;
+    for (unsigned i = 0; i < grid && !*failure; ++i) {
         block_index = {i, 0, 0};
         std::memset(shared_memory, 0xff, MOST_SHARED);  // NaN
         run_block();
     }
+    return failure;
 }
 
 }  // namespace emulator
@@ -228,14 +240,14 @@ int reduce(const char* what, int value, Combine combine) {
     return mine[1];
 }
 
-inline int __reduce_add_sync(unsigned, int v) { return reduce("add", v, [](int a, int b) { return a + b; }); }
-inline int __reduce_max_sync(unsigned, int v) { return reduce("max", v, [](int a, int b) { return a > b ? a : b; }); }
-inline int __reduce_min_sync(unsigned, int v) { return reduce("min", v, [](int a, int b) { return a < b ? a : b; }); }
+inline int __reduce_add_sync(unsigned, int v) { return reduce("__reduce_add_sync", v, [](int a, int b) { return a + b; }); }
+inline int __reduce_max_sync(unsigned, int v) { return reduce("__reduce_max_sync", v, [](int a, int b) { return a > b ? a : b; }); }
+inline int __reduce_min_sync(unsigned, int v) { return reduce("__reduce_min_sync", v, [](int a, int b) { return a < b ? a : b; }); }
 inline unsigned __ballot_sync(unsigned, int predicate) {
-    return reduce("ballot", predicate ? 1 << emulator::current->lane : 0, [](int a, int b) { return a | b; });
+    return reduce("__ballot_sync", predicate ? 1 << emulator::current->lane : 0, [](int a, int b) { return a | b; });
 }
 inline int __any_sync(unsigned, int predicate) {
-    return reduce("any", predicate != 0, [](int a, int b) { return a | b; });
+    return reduce("__any_sync", predicate != 0, [](int a, int b) { return a | b; });
 }
 
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
