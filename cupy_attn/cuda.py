@@ -207,11 +207,16 @@ class CudaBackend:
         if self._ready is not None:
             self._set(**self._ready.pointers(), **self._ready.scalars, hidden_size=config.hidden_size,
                       num_q_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads,
-                      max_position=config.max_position, window=self._window or 0, eps=config.rms_norm_eps)  # fmt: skip
+                      max_position=self._max_position(), window=self._window or 0, eps=config.rms_norm_eps)  # fmt: skip
 
     @functools.cached_property
     def _separate(self) -> SeparateOps:
         return SeparateOps(self._config, self._host_weights, angles=self._angles)
+
+    def _max_position(self) -> int:
+        """Return the end of the positions whose angles the kernels have: dynamic RoPE changes them as it grows."""
+        config = self._config
+        return config.max_position_embeddings if config.rope.rope_type == "dynamic" else config.max_position
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -251,10 +256,9 @@ class CudaBackend:
 
     def _outgrown(self, plan: Plan) -> bool:
         """Whether dynamic RoPE has left the length whose angles the kernels have."""
-        config = self._config
-        if config.rope.rope_type != "dynamic":
+        if self._config.rope.rope_type != "dynamic":
             return False
-        return any(row[: n].max(initial=0) >= config.max_position_embeddings
+        return any(row[: n].max(initial=0) >= self._max_position()
                    for row, n in zip(plan.positions, plan.num_tokens, strict=True))  # fmt: skip
 
     def _plan_launches(self, plan: Plan, past_tiles: int, *, decode: bool) -> list[Launch]:
@@ -287,7 +291,7 @@ class CudaBackend:
         shares, pieces = launch.decode_pieces(config, batch, grid)
         buffers: dict[str, tuple[tuple[int, ...], Any]] = {
             "rows": ((batch * seq, 2), np.int32),
-            "hidden": ((batch * seq, shape.hidden_parts, config.hidden_size), np.float16),
+            "hidden": ((batch * seq, launch.HIDDEN_PARTS, config.hidden_size), np.float16),
             "attention": ((batch * seq, heads * dim), np.float16),
         }
         if decode:

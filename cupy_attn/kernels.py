@@ -202,17 +202,22 @@ def _temporary_cache() -> Iterator[None]:
 
 
 def build_common(pairs: Sequence[tuple[str, Macros]]) -> list[str]:
-    """Build kernels for the current GPU on every core, unless that is deferred.
+    """Build kernels for the current GPU on every core, unless that is deferred or was done before.
 
     Returns the failures and never raises: a kernel that failed raises its error at the first call that needs it.
+    A file in CuPy's cache folder says that all of them were built, so that later imports neither load them nor start
+    CUDA. Where it is wrong, because the cache was emptied around it, kernels are built by the calls that need them.
     """
     if os.environ.get(DEFER_VARIABLE, "0") not in ("", "0"):
         return []
     cupy = import_cupy()
     try:
         device: Any = cupy.cuda.Device()  # CUDA's current device is each thread's own
+        done: Path | None = _all_built(pairs)
     except cupy.cuda.runtime.CUDARuntimeError:
-        device = contextlib.nullcontext()  # the builds will say what is wrong
+        device, done = contextlib.nullcontext(), None  # the builds will say what is wrong
+    if done is not None and os.path.isfile(done):
+        return []
     failures: list[str] = []
 
     def build(name: str, macros: Macros) -> None:
@@ -223,7 +228,17 @@ def build_common(pairs: Sequence[tuple[str, Macros]]) -> list[str]:
             failures.append(str(error))
 
     run_parallel([functools.partial(build, *pair) for pair in pairs], workers())
+    if done is not None and not failures and cache_problem() is None:
+        with contextlib.suppress(OSError):
+            done.touch()
     return sorted(failures)
+
+
+def _all_built(pairs: Sequence[tuple[str, Macros]]) -> Path:
+    """Return the file that says that kernels of these sources were built for the current GPU by this CuPy and CUDA."""
+    cupy = import_cupy()
+    key = (source_digest(), cupy.__version__, cupy.cuda.runtime.runtimeGetVersion(), current_arch(), *sorted(pairs))
+    return Path(cache_folder(), f"cupy_attn-{hashlib.sha256(repr(key).encode()).hexdigest()[:32]}.built")
 
 
 def compile_for(arch: str, name: str, macros: Macros) -> Build:

@@ -15,10 +15,11 @@ from .kernels import CUDA_NAMES, Macros
 MAX_HEAD_DIM = 256
 DECODE_VECTORS = 8  # gemv.cuh: tokens that share one read of the weights
 GEMV_THREADS = 256
-PROJECT_ROWS, OUTPUT_ROWS = 32, 16  # decode_project.cu, decode_output.cu: rows of W of a block
+PROJECT_ROWS = 32  # decode_project.cu: rows of W of a block
 GEMM_WARPS, GEMM_BLOCK_K = 4, 64
-DECODE_MAX_RUNS = 128  # attend_decode.cu
+DECODE_TILE, DECODE_STAGES = 16, 2  # attend_decode.cu: keys of a warp's tile, tiles of its ring
 NORM_ROWS, PAST_ROWS = 4, 64  # project_qkv.cu: rows of one piece of work
+HIDDEN_PARTS = 2  # project_qkv.cu: float16 numbers that hold one normalised hidden state
 
 _POINTERS = (
     "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "o_proj", "input_norm", "q_norm", "k_norm",
@@ -59,8 +60,8 @@ class Limits:
         return min(at_most, self.sm_smem // (smem_bytes + STATIC_SMEM + RESERVED_SMEM))
 
 
-STATIC_SMEM = 256  # at most, of the kernels below but the gemv ones
-GEMV_STATIC_SMEM = 8192
+STATIC_SMEM = 512  # at most, of the kernels below but the gemv ones, rounded up to how their dynamic memory is aligned
+GEMV_STATIC_SMEM = 8448
 RESERVED_SMEM = 1024  # of every block, by the driver (CUDA C++ Programming Guide, compute capabilities)
 
 
@@ -78,11 +79,6 @@ class Shape:
     def parts(self) -> int:
         """Float16 numbers that hold one operand of a score."""
         return 2 if self.precise else 1
-
-    @property
-    def hidden_parts(self) -> int:
-        """Float16 numbers that hold one normalised hidden state; K of bfloat16 takes the second too."""
-        return 2 if self.precise or self.dtype == "bfloat16" else 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,22 +195,15 @@ def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits) -> Laun
     """Launch of ``attend_decode.cu``: the grid is the GPU's, whatever the lengths."""
     dim, head_tiles = config.head_dim, _head_tiles(config)
     rows, stride = 8 * head_tiles, dim + 8
-    kv_stride = dim if dim % 64 == 0 else stride
-    most = 4 if dim > 128 else 8 if dim > 64 else 12  # warps whose registers a multiprocessor has
-    best: tuple[int, ...] = (0,)
-    for warps in (4, 2):
-        for stages in (3, 2):
-            tile = 16 * warps
-            ring = max(stages * 2 * tile * kv_stride * 2, warps * rows * (dim + 6) * 4, rows * DECODE_MAX_RUNS * 4)
-            queries = 2 * shape.parts * rows * stride * 2 + rows * dim * 4
-            tables = tile * dim * 4 + dim * 8 + (stages + 1) * tile * 4
-            smem = ring + queries + tables
-            blocks = limits.blocks_a_sm(smem, most // warps)
-            best = max(best, (warps * blocks, stages, blocks, warps, smem))
-    _, stages, blocks, warps, smem = best
-    macros = _macros(shape, HEAD_TILES=head_tiles, WARPS=warps, STAGES=stages, BLOCKS=blocks,
-                     WINDOW=shape.windowed and 1, FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
-    return Launch("attend_decode", macros, limits.num_sms * blocks, 32 * warps, smem, overlaps=True)
+    for warps in (8, 4, 2, 1):
+        ring = warps * DECODE_STAGES * DECODE_TILE * (2 * (dim if dim % 64 == 0 else stride) * 2 + 4)
+        queries = warps * (shape.parts * rows * stride * 2 + rows * 8) + rows * dim * 4
+        smem = ring + queries + DECODE_TILE * dim * 8 + dim * 8
+        if limits.blocks_a_sm(smem, 1):
+            break
+    macros = _macros(shape, HEAD_TILES=head_tiles, WARPS=warps, WINDOW=shape.windowed and 1,
+                     FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
+    return Launch("attend_decode", macros, limits.num_sms, 32 * warps, smem, overlaps=True)
 
 
 def decode_pieces(config: AttentionConfig, batch: int, grid: int) -> tuple[int, int]:
@@ -229,23 +218,26 @@ def share_floats(config: AttentionConfig) -> int:
     return 8 * _head_tiles(config) * (config.head_dim + 2)
 
 
-def _gemv(name: str, shape: Shape, limits: Limits, batch: int, parts: int, k_size: int, grid: int) -> Launch | None:
-    smem = batch * parts * (-(-k_size // 64) * 64 + 32) * 2
+def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
+    """Launch of ``decode_project.cu``, or None for more tokens than it takes."""
+    size, rows = config.hidden_size, config.q_size + 2 * config.kv_size
+    smem = -(-size // 32) * 32 * 4 + batch * (-(-size // 64) * 64 + 32) * 2
     if batch > DECODE_VECTORS or smem + GEMV_STATIC_SMEM > limits.block_smem:
         return None
     macros = _macros(dataclasses.replace(shape, precise=False))
-    return Launch(name, macros, grid, GEMV_THREADS, smem, overlaps=True)
-
-
-def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
-    """Launch of ``decode_project.cu``, or None for more tokens than it takes."""
-    rows = config.q_size + 2 * config.kv_size
-    return _gemv("decode_project", shape, limits, batch, 2, config.hidden_size, -(-rows // PROJECT_ROWS))
+    return Launch("decode_project", macros, -(-rows // PROJECT_ROWS) + 1, GEMV_THREADS, smem, overlaps=True)
 
 
 def decode_output(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
     """Launch of ``decode_output.cu``, or None for more tokens than it takes."""
-    return _gemv("decode_output", shape, limits, batch, 1, config.q_size, -(-config.hidden_size // OUTPUT_ROWS))
+    if batch > DECODE_VECTORS:
+        return None
+    for tiles in (1, 2, 4):  # few rows a block: all multiprocessors fetch weights; but two blocks on each at most
+        blocks = -(-config.hidden_size // (8 * tiles))
+        if blocks <= 2 * limits.num_sms:
+            break
+    macros = _macros(dataclasses.replace(shape, precise=False), TILES=tiles)
+    return Launch("decode_output", macros, blocks + 1, GEMV_THREADS, 0, overlaps=True)
 
 
 def prefill(

@@ -63,6 +63,8 @@ class Launcher:
         if self._kernel.max_dynamic_shared_size_bytes < launch.smem_bytes:  # one kernel, launches of several sizes
             self._kernel.max_dynamic_shared_size_bytes = launch.smem_bytes
         self._overlaps = launch.overlaps and int(cupy.cuda.Device().compute_capability) >= OVERLAPPING_CAPABILITY
+        if self._overlaps:  # a multiprocessor divides its memory anew only once it is empty: all must want the same
+            self._kernel.preferred_shared_memory_carveout = 100
         self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         self._config = _Config(
             (launch.grid, 1, 1), (launch.threads, 1, 1), launch.smem_bytes, None, ctypes.pointer(self._attribute), 1

@@ -1,38 +1,44 @@
 // Attention of one new token a sequence: the keys are shared out among blocks, cached K is normalised and rotated as it
-// is read, and the block that finishes last for a head adds up the shares.
+// is read, and the block that finishes last for a head adds up what the others found.
 //   k' = rope(rms_norm(k) w_k);   s = q' k'^T score_scale;   attention = sum_t 2^(s_t - max s) v_t / sum_t 2^(s_t - max s)
 // The new token's k and v are rounded to the storage dtype, appended to the cache and attended to like the rest.
 //
-// A piece of work is one sequence, one KV head, up to 8 HEAD_TILES of its query heads, and a run of key tiles. How many
-// tiles a run has follows from the lengths on the device, so one launch serves a growing cache. Shares are added in the
-// order of the runs: the same bits every time.
+// Every block takes an equal run of all tiles of 16 keys (shares.cuh). Where a run crosses from one head to the next the
+// block sums up each on its own. Warps take the tiles in turns, each with a ring of its own and no barrier before the
+// head's end.
 //
-// Rotations only matter relative to each other: within a tile whose keys lie at consecutive positions p, p + 1, ... the
-// query is rotated by its distance from p, once, and the keys by 0, 1, ...: angles that are the same for every tile and
-// lie in a table. Keys with gaps between them have their angles computed one by one.
+// Everything but the new token is in the cache when this kernel begins (decode_project.cu sees to that), so it looks up
+// its run and copies its first tiles before it waits for q, k and v.
 //
-// Grid: as many blocks as fit the GPU; runs are as long as gives each of them one piece. Block 32 WARPS threads, each warp
-// 16 keys of a tile. Shared memory: see Shared below. -D: those of call.cuh, HEAD_TILES (1 or 2), WARPS, STAGES, BLOCKS
-// (of a multiprocessor), WINDOW, FLOAT32_ANGLES. Memory bound: one read of K and V. Next come the instructions that make
-// k', so scores are q k^T but the sums are v^T p^T, with query heads in columns: of those there are few, and no padding.
-#include "call.cuh"
+// Rotations only matter relative to each other: the query is rotated by its distance from a tile's first key, and the keys
+// by 0, 1, ... 15: angles that are the same for every tile and lie in a table, k_norm in them. A tile whose positions have
+// gaps and span more takes a pass for every 16 positions.
+//
+// Grid: a block a multiprocessor; block 32 WARPS threads. Shared memory: see Shared below. -D: those of call.cuh,
+// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES. Memory bound: one read of K and V. Next come the instructions that
+// make k', so scores are k' q'^T and sums v^T p^T: keys and dims are the rows of products, query heads, of which there are
+// few, the columns. Even squares of keys are products: the diagonal of k k^T.
 #include "reduce.cuh"
 #include "rope.cuh"
+#include "shares.cuh"
 #include "storage.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-constexpr int ROWS = 8 * HEAD_TILES;  // query heads of a piece
-constexpr int TILE = 16 * WARPS;      // keys
-constexpr int STRIDE = HEAD_DIM + 8;   // of q': an odd number of 16-byte pieces, so that ldmatrix meets no bank twice
+// A thread of decode_project.cu has 112: both kernels fit a multiprocessor, and this one begins before that ends. bfloat16
+// would spill, and lost more by that (0.6B, batch 8, 4,096 tokens on an H100: 89 us a layer against 74).
+constexpr int MOST_REGISTERS = HEAD_DIM > 128 || HEAD_TILES == 2 || !OVERLAPPING ? 255 : 168;
+constexpr int STAGES = 2;             // tiles of a warp's ring
+constexpr int STRIDE = HEAD_DIM + 8;  // of q': an odd number of 16-byte pieces, so that ldmatrix meets no bank twice
 constexpr bool SWIZZLED = HEAD_DIM % 64 == 0;
 constexpr int KV_STRIDE = SWIZZLED ? HEAD_DIM : STRIDE;
+constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int D_BLOCKS = HEAD_DIM / 8;
 constexpr int HALF_BLOCKS = HEAD_DIM / 16;
-constexpr int SHARE = ROWS * (HEAD_DIM + 2);  // floats: weighted v, maxima, sums
-constexpr int WARP_SHARE = ROWS * (HEAD_DIM + 4) + 2 * ROWS;
-constexpr int MAX_RUNS = 128;
+constexpr int PAIRS = HEAD_DIM / 2;
+constexpr int PART = ROWS * (HEAD_DIM + 2);  // floats of what one block found for a head: weighted v, then `found` by row
+constexpr float MOST = 8.0f;                 // base-2 logarithm of the largest weight: in float16 there is room for 15
 
-struct Tile {
+struct alignas(16) Tile {
     STORAGE k[TILE * KV_STRIDE], v[TILE * KV_STRIDE];
 };
 
@@ -41,215 +47,243 @@ __device__ __forceinline__ int place_of(int row, int piece) {
     return row * KV_STRIDE + (SWIZZLED ? piece ^ (row & 7) : piece) * 8;
 }
 
+// The same 16 bytes of an address, `piece` more of them on in its row, where place_of comes down to an exclusive or.
+constexpr bool IS_XOR = HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256;
+
+__device__ __forceinline__ unsigned further_address(unsigned address, int piece) { return address ^ piece * 16; }
+
 struct alignas(16) Shared {
-    union {
-        Tile ring[STAGES];
-        float shares[WARPS * WARP_SHARE];   // of the warps, once all tiles are done
-        float weights[ROWS * MAX_RUNS];     // of the runs, in the block that adds them up
-    };
-    __half q[2][PARTS][ROWS * STRIDE];      // q' for this tile and the next
-    float2 turn[TILE * HEAD_DIM / 2];       // cosine and sine of key offset times frequency
-    uint2 frequency[HEAD_DIM / 2];
-    float k_norm[HEAD_DIM];
-    float q_norm[ROWS * HEAD_DIM];          // normalised queries, not rotated
-    int positions[STAGES + 1][TILE];        // they come a tile ahead of the keys, for the queries' sake
+    Tile ring[WARPS][STAGES];
+    float4 turn[TILE * PAIRS];                 // w_low cos, w_high sin, w_high cos, w_low sin of offset and pair
+    __half q[WARPS][PARTS][ROWS * STRIDE];     // q' for a warp's tile
+    float q_norm[ROWS * HEAD_DIM];             // normalised queries, not rotated
+    float k_norm[HEAD_DIM];                    // where angles are those of float32: then there is no table
+    uint2 frequency[PAIRS];
+    float2 found[WARPS][ROWS];                 // of a warp's tiles: what scores are relative to, sum of weights
+    int positions[WARPS][STAGES][TILE];
 };
 
-struct Piece {
-    int b, kv_head_idx, first_row;  // first_row: of the group's query heads
-    int run, num_runs;
-    int first_tile, end_tile;
-    int past;  // tokens in the cache; the new one comes after them
-};
+// Where the factors of (offset, pair) lie: two keys next to each other take a thread's two pairs in opposite order.
+__device__ __forceinline__ int turn_index(int offset, int pair) { return offset * PAIRS + (pair ^ (offset & 1)); }
 
-__device__ __forceinline__ int tiles_of(const Call& call, int b) {
-    const int past = b < call.batch ? call.rows[b].x : PADDING;
-    return past >= 0 ? (past + TILE) / TILE : 0;
+constexpr int SUM_STRIDE = SWIZZLED ? HEAD_DIM : HEAD_DIM + 4;
+
+// Where a row's dim lies among a warp's sums, which take the place of the tile it is done with.
+__device__ __forceinline__ int sum_index(int row, int d) {
+    return row * SUM_STRIDE + (SWIZZLED ? d ^ (row / 2 % 4 * 8) : d);
 }
 
-// A warp finds piece `item`: sequence after sequence, in each head after head, in each run after run. False if there are
-// fewer. Runs are `shortest_run` tiles long, or longer where a sequence would have too many.
-__device__ __forceinline__ bool find_piece(const Call& call, Piece& piece, int item, int shortest_run, int row_tiles) {
-    const int lane = threadIdx.x % 32;
-    for (int first = 0; first < call.batch; first += 32) {
-        const int tiles = tiles_of(call, first + lane);
-        const int tiles_a_run = max(shortest_run, (tiles + MAX_RUNS - 1) / MAX_RUNS);
-        const int num_runs = (tiles + tiles_a_run - 1) / tiles_a_run;
-        const int here = num_runs * call.num_kv_heads * row_tiles;
-        int end = here;
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            const int before = __shfl_up_sync(0xffffffffu, end, offset);
-            if (lane >= offset) end += before;
+// A value the compiler takes to be unknown until here.
+__device__ __forceinline__ int work_out_here(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// Add one and return what was there before. What the block wrote ahead of a barrier, others see who count later.
+__device__ __forceinline__ int count_in_order(int* counter) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
+// Write what does not depend on tokens, a thread for each pair of dims, or several.
+__device__ __forceinline__ void make_tables(const Call& call, Shared& shared) {
+    constexpr int LANES = THREADS / PAIRS > 0 ? THREADS / PAIRS : 1;
+#pragma unroll 1
+    for (int i = threadIdx.x; i < PAIRS * LANES; i += THREADS) {
+        const int pair = i % PAIRS;
+        const uint2 frequency = reinterpret_cast<const uint2*>(call.frequency)[pair];
+        const float low = call.k_norm[pair], high = call.k_norm[pair + PAIRS];
+#ifdef FLOAT32_ANGLES
+        shared.k_norm[pair] = low, shared.k_norm[pair + PAIRS] = high;
+#else
+#pragma unroll 1
+        for (int offset = i / PAIRS; offset < TILE; offset += LANES) {
+            float cosine, sine;
+            rotation(offset, frequency, cosine, sine);
+            shared.turn[turn_index(offset, pair)] = make_float4(low * cosine, high * sine, high * cosine, low * sine);
         }
-        if (item < end && item >= end - here) {
-            const int in_sequence = item - (end - here);
-            piece.b = first + lane;
-            piece.run = in_sequence % num_runs;
-            piece.num_runs = num_runs;
-            piece.kv_head_idx = in_sequence / num_runs % call.num_kv_heads;
-            piece.first_row = in_sequence / num_runs / call.num_kv_heads * ROWS;
-            piece.first_tile = piece.run * tiles_a_run;
-            piece.end_tile = min(piece.first_tile + tiles_a_run, tiles);
-            piece.past = call.rows[piece.b].x;
-        }
-        const int all = __shfl_sync(0xffffffffu, end, 31);
-        if (item < all) return true;
-        item -= all;
+#endif
+        shared.frequency[pair] = frequency;
     }
-    return false;
+    // Rows past the last query head: their scores must be numbers.
+#pragma unroll 1
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.q) / 16); i += THREADS)
+        reinterpret_cast<uint4*>(shared.q)[i] = make_uint4(0, 0, 0, 0);
 }
 
-// Where the cosine and sine of (offset, pair) lie: keys next to each other in different halves of the banks.
-__device__ __forceinline__ int turn_index(int offset, int pair) {
-    return offset * (HEAD_DIM / 2) + (HEAD_DIM % 32 == 0 ? pair ^ (offset & 1) * 8 : pair);
-}
-
-// 16 dims of the query heads as an A fragment; with one tile of heads its other eight rows are zero.
-__device__ __forceinline__ void load_queries(unsigned (&frag)[4], const __half* q, int step) {
+// Step j of a score takes 8 dims of the lower half of a head and the 8 they are rotated with: block j and block j +
+// HALF_BLOCKS. Query heads 8 t to 8 t + 7 as the B fragments of steps j and j + 1.
+__device__ __forceinline__ void load_queries(unsigned (&frag)[4], const __half* q, int t, int j) {
     const int lane = threadIdx.x % 32;
-    const __half* row = q + step * 16;
-    if (HEAD_TILES == 2) {
-        load_matrices(frag, row + lane % 16 * STRIDE + lane / 16 * 8);
-    } else {
-        load_two_matrices(frag[0], frag[2], row + lane % 8 * STRIDE + lane / 8 % 2 * 8);
-        frag[1] = frag[3] = 0;
-    }
+    const int block = min(j + lane / 16, HALF_BLOCKS - 1) + lane / 8 % 2 * HALF_BLOCKS;  // an odd last step: read, not used
+    load_matrices(frag, q + (8 * t + lane % 8) * STRIDE + block * 8);
 }
 
-extern "C" __global__ void __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __maxnreg__(MOST_REGISTERS)
 attend_decode(const __grid_constant__ Call call)
 {
-    extern __shared__ __align__(128) char smem[];  // sizeof(Shared); launch.py counts the same
+    extern __shared__ __align__(512) char smem[];  // sizeof(Shared), rows at multiples of their length; see launch.py
     Shared& shared = *reinterpret_cast<Shared*>(smem);
-    __shared__ Piece piece;  // not in registers: the loop over tiles needs those
-    __shared__ bool flag;
-
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
-    const int group = call.num_q_heads / call.num_kv_heads;
-    const int row_tiles = (group + ROWS - 1) / ROWS;
+    __shared__ bool is_last;
+    __shared__ int2 runs;  // of a head: the first block that has a part in it, and how many have
 
     let_next_kernel_begin();
-                for (int d = threadIdx.x; d < HEAD_DIM; d += THREADS) shared.k_norm[d] = call.k_norm[d];
-                constexpr int PAIRS = HEAD_DIM / 2, LANES = THREADS / PAIRS > 0 ? THREADS / PAIRS : 1;
-                for (int i = threadIdx.x; i < PAIRS * LANES; i += THREADS) {
-                    const int pair = i % PAIRS;
-                    const uint2 frequency = reinterpret_cast<const uint2*>(call.frequency)[pair];
-                    shared.frequency[pair] = frequency;
-#pragma unroll 4
-                    for (int offset = i / PAIRS; offset < TILE; offset += LANES) {
-                        float2 turn;
-                        rotation(offset, frequency, turn.x, turn.y);
-                        shared.turn[turn_index(offset, pair)] = turn;
-                    }
-                }
-    wait_for_previous_kernel();
-
-    // The shortest runs that still give every block at most one piece, up to rounding.
-    int shortest_run = 1;
-    if (warp == 0) {
-        int tiles = 0;
-        for (int b = lane; b < call.batch; b += 32) tiles += tiles_of(call, b);
-#pragma unroll
-        for (int offset = 16; offset > 0; offset /= 2) tiles += __shfl_xor_sync(0xffffffffu, tiles, offset);
-        const long long all_tiles = static_cast<long long>(tiles) * call.num_kv_heads * row_tiles;
-        shortest_run = static_cast<int>(max(1ll, (all_tiles + gridDim.x - 1) / gridDim.x));
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
+    const int group = call.num_q_heads / call.num_kv_heads;
+    const int heads_a_sequence = call.num_kv_heads * ((group + ROWS - 1) / ROWS);
+    const SequenceTiles mine = sequence_tiles(call, lane);
+    make_tables(call, shared);  // ahead of the copies: its loads would stand in line behind them
+    const Shares shares = share_out(call, heads_a_sequence, mine);
+    Cursor at;
+    if (!find(call, shares, heads_a_sequence, mine, blockIdx.x * shares.size, at)) {
+        wait_for_previous_kernel();  // the next kernel takes the end of this one for the end of that one, too
+        return;
     }
 
-    for (int item = blockIdx.x;; item += gridDim.x) {
-        __syncthreads();  // nobody reads shared memory for the piece before any more
-        if (warp == 0) {
-            const bool found = find_piece(call, piece, item, shortest_run, row_tiles);
-            if (lane == 0) flag = found;
-        }
-        __syncthreads();
-        if (!flag) return;
-        const int past = piece.past, end_tile = piece.end_tile, rows = min(ROWS, group - piece.first_row);
-        const int new_at = call.rows[piece.b].y;  // position of the new token
-        const long long head = (static_cast<long long>(piece.b) * call.num_kv_heads + piece.kv_head_idx) * call.capacity;
-        const int* positions = call.cached_positions + static_cast<long long>(piece.b) * call.capacity;
-        const float* qkv =
-            call.qkv + static_cast<long long>(piece.b) * (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
-
-        auto load_positions = [&](int tile) {
-            const int slot = tile * TILE + threadIdx.x;
-            if (tile < end_tile && threadIdx.x < TILE)
-                copy4_async(&shared.positions[tile % (STAGES + 1)][threadIdx.x], positions + slot, slot <= past);
-        };
-        auto load_tile = [&](int tile) {
-            if (tile < end_tile) {
-                constexpr int PIECES = HEAD_DIM / 8, PASS = THREADS / PIECES;
-                Tile& target = shared.ring[tile % STAGES];
-                const long long first = (head + static_cast<long long>(tile) * TILE) * HEAD_DIM;
-                if (THREADS % PIECES == 0 && (tile + 1) * TILE <= past) {  // whole tiles, and constants as addresses
-                    const int row = threadIdx.x / PIECES, piece_idx = threadIdx.x % PIECES;
-                    const STORAGE* k = call.k_cache + first + row * HEAD_DIM + piece_idx * 8;
-                    const STORAGE* v = call.v_cache + first + row * HEAD_DIM + piece_idx * 8;
+    // Copying: `ahead` is up to STAGES tiles before the one in use.
+    const auto qkv_of = [&](int b) {
+        return call.qkv + static_cast<long long>(b) * (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
+    };
+    const auto copy = [&](const Cursor& to, int stage, bool is_v) {
+        STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
+        const STORAGE* const source = is_v ? call.v_cache + (to.k - call.k_cache) : to.k;
+        if (!is_v && lane < TILE && to.slot + lane < to.past)  // no zeros where `append` will write
+            copy4_async(&shared.positions[warp][stage][lane],
+                        call.cached_positions + static_cast<long long>(to.b) * call.capacity + to.slot + lane);
+        if (32 % PIECES == 0 && to.slot + TILE <= to.past) {  // a whole tile
+            constexpr int ROWS_AT_ONCE = 32 / PIECES > 0 ? 32 / PIECES : 1;
+            const unsigned first = shared_address(target + place_of(lane / PIECES, lane % PIECES));
 #pragma unroll
-                    for (int i = 0; i < TILE; i += PASS)
-                        copy16_async(target.k + place_of(row + i, piece_idx), k + i * HEAD_DIM, true);
-#pragma unroll
-                    for (int i = 0; i < TILE; i += PASS)
-                        copy16_async(target.v + place_of(row + i, piece_idx), v + i * HEAD_DIM, true);
-                } else {
+            for (int row = 0; row < TILE; row += ROWS_AT_ONCE) {
+                unsigned place = first + row * KV_STRIDE * 2;
+                if (SWIZZLED) {
+                    static_assert(!SWIZZLED || 32 % PIECES != 0 || IS_XOR, "rows and pieces are bits of an address");
+                    place = further_address(first, row & 7) + row * KV_STRIDE * 2;
+                }
+                copy16_async(place, source + row * HEAD_DIM, true);
+            }
+        } else {
 #pragma unroll 1
-                    for (int i = threadIdx.x; i < 2 * TILE * PIECES; i += THREADS) {
-                        const int row = i / PIECES % TILE, column = i % PIECES * 8, slot = tile * TILE + row;
-                        const bool is_v = i >= TILE * PIECES;
-                        STORAGE* cached = (is_v ? call.v_cache : call.k_cache) + first + row * HEAD_DIM + column;
-                        STORAGE* place = (is_v ? target.v : target.k) + place_of(row, column / 8);
-                        if (slot != past) {
-                            copy16_async(place, cached, slot < past);
-                        } else {
-                            const int source_head = call.num_q_heads + (is_v ? call.num_kv_heads : 0) + piece.kv_head_idx;
-                            float values[VECTOR];
-                            load8(qkv + source_head * HEAD_DIM + column, values);
-                            store8(place, values);
-                            if (piece.first_row == 0) store8(cached, values);
-                        }
+            for (int i = lane; i < TILE * PIECES; i += 32) {
+                const int row = i / PIECES, piece = i % PIECES, slot = to.slot + row;
+                if (slot != to.past)  // that one is new
+                    copy16_async(target + place_of(row, piece), source + (i - lane) * 8, slot < to.past);
+            }
+        }
+    };
+    // Append the new token, if it belongs to the tile, to the cache and to the tile.
+    const auto append = [&](const Cursor& to, int stage, bool is_v) {
+        if (to.past - to.slot >= TILE) return;
+        // Few tiles come this far: no part of it is to be worked out ahead of that.
+        const int past = work_out_here(to.past), row = past - to.slot, kv_head_idx = work_out_here(to.kv_head_idx);
+        const int position = new_position(call, to.b, past, 0);
+        const bool keep = to.first_row == 0 && position < call.max_position;  // one block of a group does
+        STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
+        const float* source = qkv_of(to.b) + (call.num_q_heads + (is_v ? call.num_kv_heads : 0) + kv_head_idx) * HEAD_DIM;
+        STORAGE* const cached =
+            (is_v ? call.v_cache : call.k_cache) +
+            ((static_cast<long long>(to.b) * call.num_kv_heads + kv_head_idx) * call.capacity + past) * HEAD_DIM;
+        for (int piece = lane; piece < PIECES; piece += 32) {
+            float values[VECTOR];
+            load8(source + piece * 8, values);
+            store8(target + place_of(row, piece), values);
+            if (keep) store8(cached + piece * 8, values);
+        }
+        if (lane == 0) shared.positions[warp][stage][row] = position;
+    };
+    Cursor ahead = at;
+    bool more = true;
+    const auto find_ahead = [&]() {
+        while (more && ahead.slot >= ahead.end) more = next_head(call, heads_a_sequence, ahead);
+    };
+
+    // Fill the ring; the second time, with the new tokens that come from the kernel before this one.
+    int new_at = 0;
+#pragma unroll 1
+    for (int pass = 0; pass < 2; ++pass) {
+        ahead = at, more = true;
+#pragma unroll 1
+        for (int i = 0;; ++i) {
+            find_ahead();
+            if (i == STAGES) break;
+#pragma unroll 1
+            for (int is_v = 0; is_v < 2; ++is_v) {
+                if (more && pass == 0) copy(ahead, i, is_v);
+                if (more && pass == 1) append(ahead, i, is_v);
+                if (pass == 0) copies_commit();
+            }
+            if (more) go_on(ahead);
+        }
+        if (pass == 0) {
+            new_at = new_position(call, at.b, at.past, 0);
+            wait_for_previous_kernel();
+        }
+    }
+
+    // Normalise the queries of a head, a warp to a row.
+    const auto normalise_queries = [&](const Cursor& to) {
+        const int rows = min(ROWS, group - to.first_row);
+        const float* q = qkv_of(to.b) + (to.kv_head_idx * group + to.first_row) * HEAD_DIM;
+        for (int r = warp; r < ROWS; r += WARPS) {  // zeros past the last
+            float values[(HEAD_DIM + 31) / 32], sum_squares = 0.0f;
+#pragma unroll
+            for (int i = 0; i < (HEAD_DIM + 31) / 32; ++i) {
+                const int d = lane + 32 * i;
+                values[i] = r < rows && d < HEAD_DIM ? q[r * HEAD_DIM + d] : 0.0f;
+                sum_squares += values[i] * values[i];
+            }
+            const float rstd = rsqrtf(warp_sum(sum_squares) * (1.0f / HEAD_DIM) + call.eps);
+#pragma unroll
+            for (int i = 0; i < (HEAD_DIM + 31) / 32; ++i) {
+                const int d = lane + 32 * i;
+                if (d < HEAD_DIM) shared.q_norm[r * HEAD_DIM + d] = values[i] * rstd * call.q_norm[d];
+            }
+        }
+    };
+    normalise_queries(at);
+    __syncthreads();
+
+    int stage = 0;
+    bool has_room = false;    // in the ring, for another tile
+    bool is_k_ahead = false;  // the k of that tile has been asked for
+    while (true) {
+        const int rows = min(ROWS, group - at.first_row);
+
+        // Rotate the queries for a tile whose first key is `distance` behind them.
+        const auto rotate_queries = [&](int distance) {
+            __half* const target = shared.q[warp][0];
+#pragma unroll
+            for (int i = 0; i < (PAIRS / 2 + 31) / 32; ++i) {
+                const int d = 2 * (lane + 32 * i);
+                if (d >= PAIRS) break;
+                const uint4 frequency = *reinterpret_cast<const uint4*>(shared.frequency + d);
+                float2 cosine, sine;
+                rotation(distance, make_uint2(frequency.x, frequency.y), cosine.x, sine.x);
+                rotation(distance, make_uint2(frequency.z, frequency.w), cosine.y, sine.y);
+#pragma unroll 1
+                for (int two = 0; two < rows; two += 2)
+#pragma unroll
+                for (int r = two; r < two + 2; ++r) {
+                    const float2 a = *reinterpret_cast<const float2*>(shared.q_norm + r * HEAD_DIM + d);
+                    const float2 c = *reinterpret_cast<const float2*>(shared.q_norm + r * HEAD_DIM + d + PAIRS);
+                    const float2 low = make_float2(a.x * cosine.x - c.x * sine.x, a.y * cosine.y - c.y * sine.y);
+                    const float2 high = make_float2(c.x * cosine.x + a.x * sine.x, c.y * cosine.y + a.y * sine.y);
+                    const unsigned low_pair = pack(low.x, low.y), high_pair = pack(high.x, high.y);
+                    unsigned* place = reinterpret_cast<unsigned*>(target + r * STRIDE + d);
+                    place[0] = low_pair, place[PAIRS / 2] = high_pair;
+                    if (PARTS == 2) {
+                        place[ROWS * STRIDE / 2] = pack_rest(low.x, low.y, low_pair);
+                        place[ROWS * STRIDE / 2 + PAIRS / 2] = pack_rest(high.x, high.y, high_pair);
                     }
                 }
             }
-            load_positions(tile + 1);
-            copies_commit();
         };
-        load_positions(piece.first_tile);
-        for (int i = 0; i < STAGES - 1; ++i) load_tile(piece.first_tile + i);
 
-        // Normalise the queries, a warp to a head.
-        for (int r = warp; r < ROWS; r += WARPS) {
-            const float* q = qkv + (piece.kv_head_idx * group + piece.first_row + r) * HEAD_DIM;
-            float sum_squares = 0.0f;
-            if (r < rows)
-                for (int d = lane; d < HEAD_DIM; d += 32) sum_squares += q[d] * q[d];
-            const float rstd = rsqrtf(warp_sum(sum_squares) / HEAD_DIM + call.eps);
-            for (int d = lane; d < HEAD_DIM; d += 32)
-                shared.q_norm[r * HEAD_DIM + d] = r < rows ? q[d] * rstd * call.q_norm[d] : 0.0f;
+        if (threadIdx.x == 0) {  // while keys are on their way
+            runs.x = at.begin / shares.size;
+            runs.y = (at.begin + at.width - 1) / shares.size - runs.x + 1;
         }
-
-        // Rotate the queries for a tile whose first key is at `position`.
-        auto rotate_queries = [&](int tile, int position) {
-            __half* target = shared.q[tile % 2][0];
-            for (int i = threadIdx.x; i < ROWS * HEAD_DIM / 2; i += THREADS) {
-                const int r = i / (HEAD_DIM / 2), d = i % (HEAD_DIM / 2);
-                if (r >= rows && tile > piece.first_tile + 1) break;  // zero since the first two tiles
-                float a = shared.q_norm[r * HEAD_DIM + d], c = shared.q_norm[r * HEAD_DIM + d + HEAD_DIM / 2];
-#ifdef FLOAT32_ANGLES
-                rotate(a, c, new_at, shared.frequency[d]);
-#else
-                rotate(a, c, new_at - position, shared.frequency[d]);
-#endif
-                __half* place = target + r * STRIDE + d;
-                place[0] = __float2half_rn(a);
-                place[HEAD_DIM / 2] = __float2half_rn(c);
-                if (PARTS == 2) {
-                    place[ROWS * STRIDE] = __float2half_rn(a - __half2float(place[0]));
-                    place[ROWS * STRIDE + HEAD_DIM / 2] = __float2half_rn(c - __half2float(place[HEAD_DIM / 2]));
-                }
-            }
-        };
-        __syncthreads();
-        rotate_queries(piece.first_tile, positions[piece.first_tile * TILE]);
 
         float out[HEAD_TILES][D_BLOCKS / 2][4];  // [.][16 dims]: dims l / 4 and 8 more, heads 2 (l % 4) + {0, 1}
 #pragma unroll
@@ -258,239 +292,331 @@ attend_decode(const __grid_constant__ Call call)
             for (int j = 0; j < D_BLOCKS / 2; ++j)
 #pragma unroll
                 for (int e = 0; e < 4; ++e) out[t][j][e] = 0.0f;
-        float row_max[HEAD_TILES], row_sum[HEAD_TILES];  // of head l / 4
-#pragma unroll
-        for (int t = 0; t < HEAD_TILES; ++t) row_max[t] = MINUS_INFINITY, row_sum[t] = 0.0f;
+        // Of heads 8 t + 2 (l % 4) + {0, 1}: what scores are taken relative to, and the sum of this lane's weights.
+        float shift[HEAD_TILES][2] = {}, sum[HEAD_TILES][2] = {};
+        bool nothing_seen = true;
 
+        const bool has_tiles = at.slot < at.end;
 #pragma unroll 1
-        for (int tile = piece.first_tile; tile < end_tile; ++tile) {
-            copies_wait<STAGES - 2>();
-            __syncthreads();
-            load_tile(tile + STAGES - 1);
-            if (tile + 1 < end_tile) rotate_queries(tile + 1, shared.positions[(tile + 1) % (STAGES + 1)][0]);
-            const int first_slot = tile * TILE + warp * 16;
-            if (first_slot > past) continue;  // none of this warp's keys exists
-            const STORAGE* k_smem = shared.ring[tile % STAGES].k + warp * 16 * KV_STRIDE;
-            const STORAGE* v_smem = shared.ring[tile % STAGES].v + warp * 16 * KV_STRIDE;
-            const __half* q_smem = shared.q[tile % 2][0];
-            const int* tile_positions = shared.positions[tile % (STAGES + 1)];
-            const int* key_positions = tile_positions + warp * 16;
-#ifdef FLOAT32_ANGLES
-            const int base = 0;
-            const bool in_table = false;
-#else
-            const int base = tile_positions[0], last = min(TILE - 1, past - tile * TILE);
-            const bool in_table = tile_positions[last] - base == last;
-#endif
+        while (at.slot < at.end) {
+            if (has_room) {
+#pragma unroll 1
+                for (int is_v = is_k_ahead; is_v < 2; ++is_v) {
+                    if (more) copy(ahead, stage ^ 1, is_v), append(ahead, stage ^ 1, is_v);
+                    copies_commit();
+                }
+                is_k_ahead = false;
+                if (more) go_on(ahead);
+                find_ahead();
+            }
+            copies_wait<3>();  // k of this tile; v and the next tile's k and v may be on their way
+            __syncwarp();
+            const STORAGE* const k_smem = shared.ring[warp][stage].k;
+            const STORAGE* const v_smem = shared.ring[warp][stage].v;
+            const int* const key_positions = shared.positions[warp][stage];
+            const int last = min(TILE - 1, at.past - at.slot);  // key
+            const int first_position = key_positions[0], last_position = key_positions[last];
+            const int own_position = key_positions[lane % TILE];
 
-            // 16 keys as B fragments, 8 at a time: of an 8-dim block lane l has dims 2 (l % 4) + {0, 1} of key l / 4.
-            float scores[2][4] = {};
+            // 16 keys: [step][2 n + half] has dims 2 (l % 4) + {0, 1} of a block of that half, of key 8 n + l / 4.
+            const int key_row = lane / 16 * 8 + lane % 8, k_half = lane / 8 % 2;
+            const unsigned k_address = shared_address(k_smem + place_of(key_row, k_half * HALF_BLOCKS));
+            unsigned k_raw[HALF_BLOCKS][4];
+            float squares[2][2][4] = {};  // k k^T of [keys 0 to 7, 8 to 15][lower, upper half], of which the diagonal counts
+#pragma unroll
+            for (int j = 0; j < HALF_BLOCKS; ++j)
+                load_matrices(k_raw[j], IS_XOR ? further_address(k_address, j)
+                                               : shared_address(k_smem + place_of(key_row, j + k_half * HALF_BLOCKS)));
+#pragma unroll
+            for (int j = 0; j < HALF_BLOCKS; ++j)
+#pragma unroll
+                for (int n = 0; n < 2; ++n)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+                        multiply_add_8(squares[n][half], k_raw[j][2 * n], k_raw[j][2 * n + 1], k_raw[j][2 * n + half],
+                                       STORAGE());
+            float rstd[2];
+            int offsets[2];
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                unsigned k_frag[D_BLOCKS], k_rest[PARTS == 2 ? D_BLOCKS : 1];
+                const bool odd = lane / 4 % 2;
+                const float own = (odd ? squares[n][0][1] : squares[n][0][0]) + (odd ? squares[n][1][3] : squares[n][1][2]);
+                rstd[n] = __shfl_sync(0xffffffffu, own, lane & 28 | lane / 8);
+                rstd[n] = rsqrtf(rstd[n] * (1.0f / HEAD_DIM) + call.eps);
+                offsets[n] = key_positions[n * 8 + lane / 4];
+            }
+#ifdef WINDOW
+            const int seen_from = new_at - call.window + 1;
+#else
+            const int seen_from = 0;
+#endif
+            bool is_hidden[2];
 #pragma unroll
-                for (int j = 0; j < D_BLOCKS; j += 4) {
-                    unsigned four[4];  // a head_dim of 16, 48, ... ends with two blocks that do not exist: read, not used
-                    load_matrices(four, k_smem + place_of(n * 8 + lane % 8, (j + lane / 8) % D_BLOCKS));
-#pragma unroll
-                    for (int i = 0; i < 4 && j + i < D_BLOCKS; ++i) k_frag[j + i] = four[i];
+            for (int n = 0; n < 2; ++n) is_hidden[n] = n * 8 + lane / 4 > last || offsets[n] < seen_from;
+
+            // The table spans TILE positions: keys further apart than that take several passes.
+#ifndef FLOAT32_ANGLES
+            const bool gaps = last_position - first_position >= TILE;
+            for (int base = first_position;;) {
+#else
+            {
+                constexpr int base = 0;
+                constexpr bool gaps = false;
+#endif
+                rotate_queries(new_at - base);
+                __syncwarp();
+                if (at.slot + WARPS * TILE < at.end && !is_k_ahead) {  // the last tile makes room for what the warp found
+                    if (more) copy(ahead, stage, false), append(ahead, stage, false);
+                    copies_commit();
+                    is_k_ahead = true;
                 }
-                float sum_squares = 0.0f;
+
+                float scores[HEAD_TILES][4] = {};  // keys l / 4 and 8 more, heads 2 (l % 4) + {0, 1}
+#ifndef FLOAT32_ANGLES
+                const float4* turns[2][2];
 #pragma unroll
-                for (int j = 0; j < D_BLOCKS; ++j) {
-                    const float2 k = unpack(k_frag[j], STORAGE());
-                    sum_squares = fmaf(k.x, k.x, fmaf(k.y, k.y, sum_squares));
-                }
-                const float rstd = rsqrtf(quad_sum(sum_squares) * (1.0f / HEAD_DIM) + call.eps);
-                const int offset = warp * 16 + n * 8 + lane / 4;
-                auto transform = [&](auto turns_of) {
+                for (int n = 0; n < 2; ++n)
 #pragma unroll
-                    for (int j = 0; j < HALF_BLOCKS; ++j) {
-                        const int d = j * 8 + quad * 2;
-                        const float2 w_low = *reinterpret_cast<const float2*>(shared.k_norm + d);
-                        const float2 w_high = *reinterpret_cast<const float2*>(shared.k_norm + d + HEAD_DIM / 2);
-                        const float4 turns = turns_of(d);
-                        float2 a = unpack(k_frag[j], STORAGE()), c = unpack(k_frag[j + HALF_BLOCKS], STORAGE());
-                        a.x *= rstd * w_low.x, a.y *= rstd * w_low.y;
-                        c.x *= rstd * w_high.x, c.y *= rstd * w_high.y;
-                        const float2 low = make_float2(a.x * turns.x - c.x * turns.y, a.y * turns.z - c.y * turns.w);
-                        const float2 high = make_float2(c.x * turns.x + a.x * turns.y, c.y * turns.z + a.y * turns.w);
-                        k_frag[j] = pack(low.x, low.y);
-                        k_frag[j + HALF_BLOCKS] = pack(high.x, high.y);
+                    for (int odd = 0; odd < 2; ++odd)
+                        turns[n][odd] = shared.turn + turn_index((offsets[n] - base) & (TILE - 1), quad * 2 + odd);
+#endif
+                const auto turn_of = [&](int n, int j, int odd) {
+#ifdef FLOAT32_ANGLES
+                    const int pair = j * 8 + quad * 2 + odd;
+                    float cosine, sine;
+                    rotation(offsets[n], shared.frequency[pair], cosine, sine);
+                    const float low = shared.k_norm[pair], high = shared.k_norm[pair + PAIRS];
+                    return make_float4(low * cosine, high * sine, high * cosine, low * sine);
+#else
+                    return turns[n][odd][j * 8];
+#endif
+                };
+                unsigned q_frag[HEAD_TILES][PARTS][4];
+#pragma unroll
+                for (int j = 0; j < HALF_BLOCKS; ++j) {
+                    if (j % 2 == 0) {
+#pragma unroll
+                        for (int t = 0; t < HEAD_TILES; ++t)
+#pragma unroll
+                            for (int p = 0; p < PARTS; ++p) load_queries(q_frag[t][p], shared.q[warp][p], t, j);
+                    }
+                    unsigned k_frag[4], k_rest[4];
+#pragma unroll
+                    for (int n = 0; n < 2; ++n) {
+                        const float4 even = turn_of(n, j, 0), odd = turn_of(n, j, 1);
+                        float2 a = unpack(k_raw[j][2 * n], STORAGE()), c = unpack(k_raw[j][2 * n + 1], STORAGE());
+                        a.x *= rstd[n], a.y *= rstd[n], c.x *= rstd[n], c.y *= rstd[n];
+                        const float2 low = make_float2(a.x * even.x - c.x * even.y, a.y * odd.x - c.y * odd.y);
+                        const float2 high = make_float2(c.x * even.z + a.x * even.w, c.y * odd.z + a.y * odd.w);
+                        k_frag[n] = pack(low.x, low.y);
+                        k_frag[n + 2] = pack(high.x, high.y);
                         if (PARTS == 2) {
-                            k_rest[j] = pack_rest(low.x, low.y, k_frag[j]);
-                            k_rest[j + HALF_BLOCKS] = pack_rest(high.x, high.y, k_frag[j + HALF_BLOCKS]);
+                            k_rest[n] = pack_rest(low.x, low.y, k_frag[n]);
+                            k_rest[n + 2] = pack_rest(high.x, high.y, k_frag[n + 2]);
                         }
                     }
-                };
-                if (in_table) {
-                    transform([&](int d) {
-                        return *reinterpret_cast<const float4*>(shared.turn + turn_index(offset, d));
-                    });
-                } else {
-                    const int distance = key_positions[n * 8 + lane / 4] - base;
-                    transform([&](int d) {
-                        const uint4 frequency = *reinterpret_cast<const uint4*>(shared.frequency + d);
-                        float4 turns;
-                        rotation(distance, make_uint2(frequency.x, frequency.y), turns.x, turns.y);
-                        rotation(distance, make_uint2(frequency.z, frequency.w), turns.z, turns.w);
-                        return turns;
-                    });
-                }
 #pragma unroll
-                for (int d = 0; d < HEAD_DIM / 16; ++d) {
-                    unsigned q_frag[4];
-                    if (PARTS == 2) {  // the small products first
-                        load_queries(q_frag, q_smem + ROWS * STRIDE, d);
-                        multiply_add(scores[n], q_frag, k_frag[2 * d], k_frag[2 * d + 1]);
-                    }
-                    load_queries(q_frag, q_smem, d);
-                    if constexpr (PARTS == 2) multiply_add(scores[n], q_frag, k_rest[2 * d], k_rest[2 * d + 1]);
-                    multiply_add(scores[n], q_frag, k_frag[2 * d], k_frag[2 * d + 1]);
-                }
-#pragma unroll
-                for (int e = 0; e < 2; ++e) {
-                    const int key = n * 8 + 2 * quad + e;
-                    bool hidden = first_slot + key > past;
-#ifdef WINDOW
-                    hidden = hidden || new_at - key_positions[key] >= call.window;
-#endif
-                    if (hidden) scores[n][e] = scores[n][e + 2] = MINUS_INFINITY;
-                }
-            }
-
-            // bfloat16 has too few bits for the weights: what rounding leaves over is a second product.
-            unsigned p_frag[HEAD_TILES][2], p_rest[HEAD_TILES][2];
-#pragma unroll
-            for (int t = 0; t < HEAD_TILES; ++t) {
-                float largest = row_max[t];
-#pragma unroll
-                for (int n = 0; n < 2; ++n) largest = fmaxf(largest, fmaxf(scores[n][2 * t], scores[n][2 * t + 1]));
-                largest = quad_max(largest);
-                // A warp that has seen no key yet: -inf - -inf would be NaN.
-                const float shift = largest == MINUS_INFINITY ? 0.0f : largest * call.score_scale;
-                const float shrink = exp2f(row_max[t] * call.score_scale - shift);
-                row_max[t] = largest;
-                float sum = 0.0f;
-#pragma unroll
-                for (int n = 0; n < 2; ++n) {
-                    const float low = exp2f(fmaf(scores[n][2 * t], call.score_scale, -shift));
-                    const float high = exp2f(fmaf(scores[n][2 * t + 1], call.score_scale, -shift));
-                    sum += low + high;
-                    p_frag[t][n] = pack(low, high, STORAGE());
-                    p_rest[t][n] = pack_rest(low, high, p_frag[t][n], STORAGE());
-                }
-                row_sum[t] = row_sum[t] * shrink + sum;
-                if (__any_sync(0xffffffffu, shrink != 1.0f)) {  // few tiles raise a maximum
-                    const float even = __shfl_sync(0xffffffffu, shrink, 8 * quad);
-                    const float odd = __shfl_sync(0xffffffffu, shrink, 8 * quad + 4);
-#pragma unroll
-                    for (int j = 0; j < D_BLOCKS / 2; ++j) {
-                        out[t][j][0] *= even, out[t][j][2] *= even;
-                        out[t][j][1] *= odd, out[t][j][3] *= odd;
+                    for (int t = 0; t < HEAD_TILES; ++t) {
+                        const unsigned(&q)[PARTS][4] = q_frag[t];
+                        const int two = j % 2 * 2;
+                        if constexpr (PARTS == 2) {  // the small products first
+                            multiply_add(scores[t], k_frag, q[1][two], q[1][two + 1]);
+                            multiply_add(scores[t], k_rest, q[0][two], q[0][two + 1]);
+                        }
+                        multiply_add(scores[t], k_frag, q[0][two], q[0][two + 1]);
                     }
                 }
-            }
+                bool skip[2];
 #pragma unroll
-            for (int j = 0; j < D_BLOCKS / 2; ++j) {
-                unsigned v_frag[4];  // 16 dims x 16 keys
-                load_matrices_transposed(v_frag, v_smem + place_of(lane / 16 * 8 + lane % 8, 2 * j + lane / 8 % 2));
+                for (int n = 0; n < 2; ++n)
+                    skip[n] = is_hidden[n] || (gaps && static_cast<unsigned>(offsets[n] - base) >= TILE);
 #pragma unroll
-                for (int t = 0; t < HEAD_TILES; ++t) {
-                    if (!STORED_AS_FLOAT16) multiply_add(out[t][j], v_frag, p_rest[t][0], p_rest[t][1], STORAGE());
-                    multiply_add(out[t][j], v_frag, p_frag[t][0], p_frag[t][1], STORAGE());
-                }
-            }
-        }
-        copies_wait<0>();
-        __syncthreads();  // the ring becomes the warps' shares
-
-        {
-            float* mine = shared.shares + warp * WARP_SHARE;
-#pragma unroll
-            for (int t = 0; t < HEAD_TILES; ++t) {
-#pragma unroll
-                for (int j = 0; j < D_BLOCKS / 2; ++j)
+                for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
                     for (int e = 0; e < 4; ++e)
-                        mine[(8 * t + 2 * quad + e % 2) * (HEAD_DIM + 4) + 16 * j + lane / 4 + e / 2 * 8] = out[t][j][e];
-                const float sum = quad_sum(row_sum[t]);
-                if (quad == 0) {
-                    mine[ROWS * (HEAD_DIM + 4) + 8 * t + lane / 4] = row_max[t];
-                    mine[ROWS * (HEAD_DIM + 4) + ROWS + 8 * t + lane / 4] = sum;
+                        if (skip[e / 2]) scores[t][e] = MINUS_INFINITY;
+
+                // Weights are relative to a score that was the largest once; it is raised when that is MOST too small.
+                float weights[HEAD_TILES][4];
+                const auto weigh = [&]() {
+                    float most = MINUS_INFINITY;
+#pragma unroll
+                    for (int t = 0; t < HEAD_TILES; ++t)
+#pragma unroll
+                        for (int e = 0; e < 4; ++e) {
+                            weights[t][e] = fmaf(scores[t][e], call.score_scale, -shift[t][e % 2]);
+                            most = fmaxf(most, weights[t][e]);
+                        }
+                    return most;
+                };
+                const bool raise = weigh() > MOST;
+                if (__any_sync(0xffffffffu, raise || nothing_seen)) {
+                    bool seen = false;
+#pragma unroll
+                    for (int t = 0; t < HEAD_TILES; ++t)
+#pragma unroll
+                        for (int e = 0; e < 2; ++e) {
+                            float most = fmaxf(weights[t][e], weights[t][e + 2]);
+#pragma unroll
+                            for (int lanes = 4; lanes < 32; lanes *= 2)
+                                most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, lanes));
+                            const float before = shift[t][e];
+                            if (most > MINUS_INFINITY && (nothing_seen || most > 0.0f)) shift[t][e] += most;
+                            seen = seen || most > MINUS_INFINITY;
+                            const float shrink = nothing_seen ? 0.0f : exp2f(before - shift[t][e]);
+                            sum[t][e] *= shrink;
+                            if (nothing_seen) continue;
+#pragma unroll
+                            for (int j = 0; j < D_BLOCKS / 2; ++j) out[t][j][e] *= shrink, out[t][j][e + 2] *= shrink;
+                        }
+                    nothing_seen = nothing_seen && !__any_sync(0xffffffffu, seen);
+                    weigh();
                 }
+
+                // Weights of 8 keys and 8 heads as B fragments. bfloat16 has too few bits for them: what rounding leaves is
+                // a second product.
+                unsigned p_frag[HEAD_TILES][2], p_rest[HEAD_TILES][2];
+#pragma unroll
+                for (int t = 0; t < HEAD_TILES; ++t)
+#pragma unroll
+                    for (int n = 0; n < 2; ++n) {
+                        const float low = exp2f(weights[t][2 * n]), high = exp2f(weights[t][2 * n + 1]);
+                        sum[t][0] += low, sum[t][1] += high;
+                        const unsigned rounded = pack(low, high, STORAGE());
+                        p_frag[t][n] = transpose(rounded);
+                        p_rest[t][n] = transpose(pack_rest(low, high, rounded, STORAGE()));
+                    }
+                if (is_k_ahead) {
+                    copies_wait<3>();
+                } else {
+                    copies_wait<2>();
+                }
+                __syncwarp();
+                const unsigned v_address = shared_address(v_smem + place_of(lane / 16 * 8 + lane % 8, lane / 8 % 2));
+#pragma unroll
+                for (int j = 0; j < D_BLOCKS / 2; ++j) {
+                    unsigned v_frag[4];  // 16 dims x 16 keys
+                    load_matrices_transposed(v_frag, IS_XOR ? further_address(v_address, 2 * j) :
+                        shared_address(v_smem + place_of(lane / 16 * 8 + lane % 8, 2 * j + lane / 8 % 2)));
+#pragma unroll
+                    for (int t = 0; t < HEAD_TILES; ++t) {
+                        if (!STORED_AS_FLOAT16) multiply_add(out[t][j], v_frag, p_rest[t][0], p_rest[t][1], STORAGE());
+                        multiply_add(out[t][j], v_frag, p_frag[t][0], p_frag[t][1], STORAGE());
+                    }
+                }
+#ifndef FLOAT32_ANGLES
+                if (!gaps) break;
+                const unsigned beyond = __ballot_sync(0xffffffffu, lane <= last && own_position - base >= TILE);
+                if (!beyond) break;
+                base = __shfl_sync(0xffffffffu, own_position, __ffs(beyond) - 1);
+#endif
+            }
+            __syncwarp();  // all lanes have read the tile
+            at.slot += WARPS * TILE;
+            stage ^= 1;
+            has_room = true;
+        }
+
+        // What the warps found, where their last tiles were; then what the block found.
+        float* const mine = reinterpret_cast<float*>(&shared.ring[warp][stage ^ 1]);
+#pragma unroll
+        for (int t = 0; t < HEAD_TILES; ++t) {
+            if (has_tiles) {
+#pragma unroll
+                for (int i = 0; i < D_BLOCKS; ++i) {  // sum_index, its last bits worked out first
+                    const int d = SWIZZLED ? i / 4 * 32 + (i % 4 * 8 ^ quad * 8) : i * 8;
+#pragma unroll
+                    for (int e = 0; e < 2; ++e)
+                        mine[(8 * t + 2 * quad + e) * SUM_STRIDE + d + lane / 4] = out[t][i / 2][i % 2 * 2 + e];
+                }
+            }
+#pragma unroll
+            for (int e = 0; e < 2; ++e) {
+#pragma unroll
+                for (int lanes = 4; lanes < 32; lanes *= 2) sum[t][e] += __shfl_xor_sync(0xffffffffu, sum[t][e], lanes);
+                // The sign says where the sums are: in the first tile of the ring or the second.
+                if (lane < 4)
+                    shared.found[warp][8 * t + 2 * quad + e] = make_float2(
+                        nothing_seen ? MINUS_INFINITY : shift[t][e], stage == 0 ? -sum[t][e] : sum[t][e]);
             }
         }
         __syncthreads();
-        const int num_runs = piece.num_runs;
-        __half* attention = call.attention + (static_cast<long long>(piece.b) * call.num_q_heads +
-                                              piece.kv_head_idx * group + piece.first_row) * HEAD_DIM;
-        float* const own_share = call.partial + static_cast<long long>(item) * SHARE;
+        const int first_run = runs.x, num_runs = runs.y, head_idx = at.b * heads_a_sequence + at.head;
+        __half* const attention = call.attention + (static_cast<long long>(at.b) * call.num_q_heads +
+                                                    at.kv_head_idx * group + at.first_row) * HEAD_DIM;
+        float* const parts = call.partial + static_cast<long long>(first_run + head_idx) * PART;
+        float* const own_part = parts + static_cast<long long>(blockIdx.x - first_run) * PART;
         for (int i = threadIdx.x; i < rows * HEAD_DIM; i += THREADS) {
             const int r = i / HEAD_DIM, d = i % HEAD_DIM;
-            const float* last_part = shared.shares + ROWS * (HEAD_DIM + 4) + r;
-            float largest = MINUS_INFINITY;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, last_part[w * WARP_SHARE]);
-            const float shift = largest == MINUS_INFINITY ? 0.0f : largest * call.score_scale;
-            float value = 0.0f, sum = 0.0f;
-#pragma unroll
+            float largest = MINUS_INFINITY, value = 0.0f, sum = 0.0f;
+            // What runs once costs by its length: instructions come from memory, behind everybody's keys.
+#pragma unroll 1
+            for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, shared.found[w][r].x);
+#pragma unroll 1
             for (int w = 0; w < WARPS; ++w) {
-                const float weight = exp2f(last_part[w * WARP_SHARE] * call.score_scale - shift);
-                value += weight * shared.shares[w * WARP_SHARE + r * (HEAD_DIM + 4) + d];
-                sum += weight * last_part[w * WARP_SHARE + ROWS];
+                const float2 found = shared.found[w][r];
+                if (found.x == MINUS_INFINITY) continue;  // there are no sums
+                const float weight = exp2f(found.x - largest);
+                const Tile* tile = &shared.ring[w][found.y < 0.0f ? 1 : 0];
+                value += weight * reinterpret_cast<const float*>(tile)[sum_index(r, d)];
+                sum += weight * fabsf(found.y);
             }
             if (num_runs == 1) {
                 attention[i] = __float2half_rn(value / sum * call.v_scale);
             } else {
-                own_share[i] = value;
-                if (d == 0) {
-                    own_share[ROWS * HEAD_DIM + r] = largest;
-                    own_share[ROWS * HEAD_DIM + ROWS + r] = sum;
+                own_part[i] = value;
+                if (d == 0) reinterpret_cast<float2*>(own_part + ROWS * HEAD_DIM)[r] = make_float2(largest, sum);
+            }
+        }
+        Cursor next = at;
+        const bool goes_on = at.left > 0 && next_head(call, heads_a_sequence, next);
+        if (goes_on) {
+            normalise_queries(next);
+            new_at = new_position(call, next.b, next.past, 0);
+        }
+        __syncthreads();
+        if (num_runs > 1) {
+            if (threadIdx.x == 0) {
+                is_last = count_in_order(call.counters + head_idx) == num_runs - 1;
+                if (is_last) call.counters[head_idx] = 0;
+            }
+            __syncthreads();
+            if (is_last) {  // add up the runs, in their order
+                constexpr int AT_ONCE = 8;
+                for (int i = threadIdx.x; i < rows * HEAD_DIM; i += THREADS) {
+                    const float* part = parts + i;
+                    const float2* found = reinterpret_cast<const float2*>(parts + ROWS * HEAD_DIM) + i / HEAD_DIM;
+                    float largest = MINUS_INFINITY, value = 0.0f, sum = 0.0f;
+#pragma unroll 1
+                    for (int run = 0; run < num_runs; run += AT_ONCE) {
+                        float values[AT_ONCE];
+                        float2 of_run[AT_ONCE];
+#pragma unroll
+                        for (int u = 0; u < AT_ONCE; ++u) {
+                            values[u] = 0.0f, of_run[u] = make_float2(MINUS_INFINITY, 0.0f);
+                            if (run + u < num_runs) {
+                                values[u] = __ldcg(part + (run + u) * PART);
+                                of_run[u] = __ldcg(found + (run + u) * (PART / 2));
+                            }
+                        }
+                        float most = largest;
+#pragma unroll
+                        for (int u = 0; u < AT_ONCE; ++u) most = fmaxf(most, of_run[u].x);
+                        // No key is in the window yet: -inf - -inf would be NaN.
+                        const float base = most == MINUS_INFINITY ? 0.0f : most, shrink = exp2f(largest - base);
+                        largest = most, value *= shrink, sum *= shrink;
+#pragma unroll
+                        for (int u = 0; u < AT_ONCE; ++u) {
+                            const float weight = exp2f(of_run[u].x - base);
+                            value += weight * values[u];
+                            sum += weight * of_run[u].y;
+                        }
+                    }
+                    attention[i] = __float2half_rn(value / sum * call.v_scale);
                 }
             }
         }
-        if (num_runs == 1) continue;
-
-        __threadfence();
-        __syncthreads();
-        if (threadIdx.x == 0) {
-            int* arrived = call.counters + (piece.b * row_tiles + piece.first_row / ROWS) * call.num_kv_heads +
-                           piece.kv_head_idx;
-            flag = atomicAdd(arrived, 1) == num_runs - 1;
-            if (flag) *arrived = 0;
-            __threadfence();
-        }
-        __syncthreads();
-        if (!flag) continue;
-
-        // The weight of each run, a warp to a head; then the sums.
-        const float* const shares = own_share - static_cast<long long>(piece.run) * SHARE;
-        for (int r = warp; r < rows; r += WARPS) {
-            float* weights = shared.weights + r * MAX_RUNS;
-            const float* maxima = shares + ROWS * HEAD_DIM + r;
-            float largest = MINUS_INFINITY, sum = 0.0f;
-            for (int run = lane; run < num_runs; run += 32) {
-                weights[run] = __ldcg(maxima + run * SHARE);
-                largest = fmaxf(largest, weights[run]);
-            }
-#pragma unroll
-            for (int offset = 16; offset > 0; offset /= 2)
-                largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, offset));
-            for (int run = lane; run < num_runs; run += 32) {
-                weights[run] = exp2f((weights[run] - largest) * call.score_scale);
-                sum += weights[run] * __ldcg(maxima + run * SHARE + ROWS);
-            }
-            const float scale = call.v_scale / warp_sum(sum);
-            for (int run = lane; run < num_runs; run += 32) weights[run] *= scale;
-        }
-        __syncthreads();
-        for (int i = threadIdx.x; i < rows * HEAD_DIM; i += THREADS) {
-            const float* weights = shared.weights + i / HEAD_DIM * MAX_RUNS;
-            float value = 0.0f;
-#pragma unroll 8
-            for (int run = 0; run < num_runs; ++run) value += weights[run] * __ldcg(shares + run * SHARE + i);
-            attention[i] = __float2half_rn(value);
-        }
+        if (!goes_on) return;
+        at = next;
     }
 }

@@ -78,6 +78,12 @@ __device__ __forceinline__ void wait_for_previous_kernel() {
 #endif
 }
 
+#if __CUDA_ARCH__ == 900
+constexpr bool OVERLAPPING = true;  // what a kernel leaves of a multiprocessor counts
+#else
+constexpr bool OVERLAPPING = false;
+#endif
+
 // Once every block has said so, the next kernel's blocks may take what room there is.
 __device__ __forceinline__ void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
@@ -100,15 +106,16 @@ struct Sequence {
 
 // The position of new token t of sequence b.
 __device__ __forceinline__ int new_position(const Call& call, int b, int past, int t) {
-    if (call.positions != nullptr) return call.positions[b * call.seq + t];
-    return t + (past > 0 ? call.cached_positions[static_cast<long long>(b) * call.capacity + past - 1] + 1 : 0);
+    if (call.positions != nullptr) return __ldcg(call.positions + b * call.seq + t);
+    return t + (past > 0 ? __ldcg(call.cached_positions + static_cast<long long>(b) * call.capacity + past - 1) + 1 : 0);
 }
 
-// The host checks every call, but not the replays of a graph: what does not fit is left out whole.
+// The host checks every call, but not the replays of a graph: what does not fit is left out whole. Loads go past L1, which
+// may hold what a kernel before the last one read.
 __device__ __forceinline__ Sequence sequence(const Call& call, int b) {
     Sequence s;
-    s.past = call.lengths[b];
-    s.count = call.num_tokens != nullptr ? call.num_tokens[b] : call.seq;
+    s.past = __ldcg(call.lengths + b);
+    s.count = call.num_tokens != nullptr ? __ldcg(call.num_tokens + b) : call.seq;
     s.fault = s.past + s.count > call.capacity ||
               (s.count > 0 && new_position(call, b, s.past, s.count - 1) >= call.max_position);
     if (s.fault) s.count = 0;

@@ -1,39 +1,48 @@
 // Output projection, bias and residual for up to 8 tokens; counts them in the cache.
 //   y = attention Wo^T + bias + residual          float32 sums, one rounding; 0 in padding rows
 //
-// Grid (pieces of ROWS rows of Wo), block 256 threads. Shared memory: B x gemv::vector_stride(Hq D) halves.
-// -D: those of call.cuh. Memory bound: one read of Wo.
+// Grid (pieces of 8 TILES rows of Wo, and one block that counts the tokens), block 256 threads. -D: those of call.cuh,
+// TILES. Memory bound: one read of Wo, most of it before the kernel ahead has ended.
 #include "call.cuh"
 #include "gemv.cuh"
 
-constexpr int ROW_TILES = 1;
-constexpr int ROWS = 16 * ROW_TILES;  // of a block
+constexpr int ROWS = gemv::TILE * TILES;  // of a block
+constexpr int UNROLL = 8 / TILES;
+constexpr int MOST_REGISTERS = 88;  // it waits beside attend_decode.cu, which has 168
 
-extern "C" __global__ void __launch_bounds__(gemv::THREADS)
+extern "C" __global__ void __maxnreg__(MOST_REGISTERS)
 decode_output(const __grid_constant__ Call call)
 {
-    extern __shared__ __align__(16) __half vectors[];
     let_next_kernel_begin();
-    __shared__ float sums[gemv::WARPS * ROWS * gemv::MAX_VECTORS];
+    __shared__ __align__(16) float sums[gemv::WARPS * ROWS * gemv::MAX_VECTORS];
+    if (blockIdx.x == gridDim.x - 1) {
+        wait_for_previous_kernel();
+        advance_lengths(call);
+        return;
+    }
     const int k_size = call.num_q_heads * HEAD_DIM, first = blockIdx.x * ROWS;
-    const int stride = gemv::vector_stride(k_size);
+    const int m = threadIdx.x % 32 / 4;
+    const __half* const vector = call.attention + static_cast<long long>(m) * k_size;
 
-    auto request = [&]() {  // past the end of a vector: zeros
-        if (blockIdx.x == 0) advance_lengths(call);
-        const int pieces = (k_size + gemv::STEP - 1) / gemv::STEP * gemv::STEP / 8;
-        for (int i = threadIdx.x; i < call.batch * pieces; i += gemv::THREADS) {
-            const int m = i / pieces, k = i % pieces * 8;
-            copy16_async(vectors + m * stride + k, call.attention + static_cast<long long>(m) * k_size + k, k < k_size);
-        }
-    };
-    gemv::multiply<ROW_TILES, 1, 8>(call.o_proj + static_cast<long long>(first) * k_size, call.hidden_size - first,
-                                        k_size, vectors, call.batch, sums, request, [] {});
-    const int n = first + threadIdx.x / gemv::MAX_VECTORS, m = threadIdx.x % gemv::MAX_VECTORS;
-    if (threadIdx.x >= ROWS * gemv::MAX_VECTORS || n >= call.hidden_size || m >= call.batch) return;
-    const long long at = static_cast<long long>(m) * call.hidden_size + n;
-    const int slot = call.rows[m].x;
-    float value = sums[threadIdx.x] * call.o_unscale;
-    if (call.o_bias != nullptr) value += call.o_bias[n];
-    if (call.residual != nullptr) value += static_cast<float>(call.residual[at]);
-    call.y[at] = static_cast<STORAGE>(slot >= 0 ? value : slot == FAULT ? __int_as_float(0x7fffffff) : 0.0f);
+    gemv::Rows<TILES, UNROLL> w(call.o_proj + static_cast<long long>(first) * k_size, call.hidden_size - first, k_size);
+    wait_for_previous_kernel();
+    const int b = threadIdx.x / ROWS, n = first + threadIdx.x % ROWS;
+    const bool mine = threadIdx.x < ROWS * gemv::MAX_VECTORS && b < call.batch && n < call.hidden_size;
+    const long long at = static_cast<long long>(b) * call.hidden_size + n;
+    float more = 0.0f;
+    int slot = 0;
+    if (mine) {
+        slot = call.rows[b].x;
+        if (call.o_bias != nullptr) more = call.o_bias[n];
+        if (call.residual != nullptr) more += static_cast<float>(call.residual[at]);
+    }
+    w.multiply<1, UNROLL>(sums, [&](int k, uint4 (&parts)[1]) {
+        parts[0] = make_uint4(0, 0, 0, 0);
+        if (m < call.batch && k < k_size) parts[0] = *reinterpret_cast<const uint4*>(vector + k);
+    });
+    __syncthreads();
+    if (mine) {
+        const float value = gemv::sum_of_warps<TILES>(sums, threadIdx.x) * call.o_unscale + more;
+        call.y[at] = static_cast<STORAGE>(slot >= 0 ? value : slot == FAULT ? __int_as_float(0x7fffffff) : 0.0f);
+    }
 }

@@ -1,68 +1,94 @@
 // RMSNorm and QKV projection for up to 8 tokens.
 //   qkv = (x / rms(x) * w_in) Wqkv^T + bias          float32 [B, (Hq + 2 Hkv) D]; the norms of heads follow on reading
 //
-// Grid (pieces of ROWS rows of Wqkv), block 256 threads; every block normalises every token for itself while its share of W is
-// on the way. Shared memory: B x 2 x gemv::vector_stride(H) halves: high and low parts, so nothing is lost to rounding.
-// -D: those of call.cuh. Memory bound: one read of Wqkv.
+// Grid (pieces of ROWS rows of Wqkv, and one block that describes the rows of x), block 256 threads; every block
+// normalises every token for itself. Hidden states are high and low halves, so nothing is lost to rounding. Shared memory:
+// w_in, float [H rounded up to 32], and x, STORAGE [B, stride_of(H)]. -D: those of call.cuh. Memory bound: one read of
+// Wqkv, most of it before the kernel ahead has ended.
 #include "call.cuh"
 #include "gemv.cuh"
-#include "reduce.cuh"
 #include "storage.cuh"
 
-constexpr int ROW_TILES = 2;
-constexpr int ROWS = 16 * ROW_TILES;  // of a block
+constexpr int TILES = 4;
+constexpr int ROWS = gemv::TILE * TILES;  // of a block
+constexpr int UNROLL = 3;
 
-extern "C" __global__ void __launch_bounds__(gemv::THREADS)
+// Elements between vectors: half a bank cycle apart, so that two vectors a 16-byte read touches do not collide.
+__device__ __forceinline__ int stride_of(int hidden_size) { return (hidden_size + 63) / 64 * 64 + 32; }
+
+// attend_decode.cu has 168 and begins beside this kernel: together they fill a multiprocessor's registers.
+constexpr int MOST_REGISTERS = 88;
+
+extern "C" __global__ void __maxnreg__(MOST_REGISTERS)
 decode_project(const __grid_constant__ Call call)
 {
-    extern __shared__ __align__(16) __half vectors[];
-    let_next_kernel_begin();
-    __shared__ float sums[gemv::WARPS * ROWS * gemv::MAX_VECTORS];
+    extern __shared__ __align__(16) float input_norm[];
+    __shared__ __align__(16) float sums[gemv::WARPS * ROWS * gemv::MAX_VECTORS];
+    __shared__ __align__(16) float squares[gemv::MAX_VECTORS][gemv::WARPS];
+    const int size = call.hidden_size, stride = stride_of(size);
+    STORAGE* const x_smem = reinterpret_cast<STORAGE*>(input_norm + (size + 31) / 32 * 32);
     const int total_rows = (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
     const int first = blockIdx.x * ROWS;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int stride = gemv::vector_stride(call.hidden_size);
-    __half* const low_parts = vectors + call.batch * stride;  // x lies there until its low parts take its place
+    if (blockIdx.x == gridDim.x - 1) {
+        wait_for_previous_kernel();
+        let_next_kernel_begin();
+        if (threadIdx.x < call.batch) describe_row(call, threadIdx.x);
+        return;
+    }
+    const int warp = threadIdx.x / 32, m = threadIdx.x % 32 / 4;
 
-    auto request = [&]() {
-        if (blockIdx.x == 0 && threadIdx.x < call.batch) describe_row(call, threadIdx.x);
-        const int pieces = call.hidden_size / VECTOR;
-        for (int i = threadIdx.x; i < call.batch * pieces; i += gemv::THREADS)
-            copy16_async(low_parts + i / pieces * stride + i % pieces * VECTOR,
-                         call.x + static_cast<long long>(i) * VECTOR, true);
-    };
-    auto prepare = [&]() {
-        if (warp >= call.batch) return;
-        __half* const low = low_parts + warp * stride;
-        const STORAGE* x = reinterpret_cast<const STORAGE*>(low);
-        float sum_squares = 0.0f;
-#pragma unroll 4
-        for (int k = lane * VECTOR; k < call.hidden_size; k += 32 * VECTOR) {
-            float values[VECTOR];
-            load8(x + k, values);
+    gemv::Rows<TILES, UNROLL> w(call.qkv_proj + static_cast<long long>(first) * size, total_rows - first, size);
+    for (int i = threadIdx.x * 4; i < size; i += gemv::THREADS * 4) copy16_async(input_norm + i, call.input_norm + i, true);
+    wait_for_previous_kernel();
+    // Not before: attend_decode reads lengths and cached keys at once, so all calls before this one must have ended.
+    let_next_kernel_begin();
+    const int pieces = size / VECTOR;
+    for (int b = warp; b < call.batch; b += gemv::WARPS)
+        for (int i = threadIdx.x % 32; i < pieces; i += 32)
+            copy16_async(x_smem + b * stride + i * VECTOR,
+                         call.x + (static_cast<long long>(b) * pieces + i) * VECTOR, true);
+    copies_commit();
+    copies_wait<0>();
+    __syncthreads();
+
+    float sum_squares = 0.0f;
+#pragma unroll 1  // kernels this short spend their time on fetching instructions
+    for (int k = gemv::first_k(warp); k < size; k += gemv::STEP * gemv::WARPS) {
+        float values[VECTOR] = {};
+        if (m < call.batch) load8(x_smem + m * stride + k, values);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) sum_squares += values[j] * values[j];
+        for (int j = 0; j < VECTOR; ++j) sum_squares += values[j] * values[j];
+    }
+    sum_squares = quad_sum(sum_squares);
+    if (threadIdx.x % 4 == 0) squares[m][warp] = sum_squares;
+    __syncthreads();
+    sum_squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < gemv::WARPS; ++i) sum_squares += squares[m][i];
+    const float rstd = rsqrtf(sum_squares / size + call.eps);
+
+    w.multiply<2, 1>(sums, [&](int k, uint4 (&parts)[2]) {
+        float values[VECTOR] = {}, scale[VECTOR];
+        if (m < call.batch && k < size) {
+            load8(x_smem + m * stride + k, values);
+            load8(input_norm + k, scale);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) values[j] *= rstd * scale[j];
         }
-        const float rstd = 1.0f / sqrtf(warp_sum(sum_squares) / call.hidden_size + call.eps);
-#pragma unroll 4
-        for (int k = lane * VECTOR; k < stride; k += 32 * VECTOR) {
-            float values[VECTOR] = {}, scale[VECTOR];
-            if (k < call.hidden_size) {
-                load8(x + k, values);
-                load8(call.input_norm + k, scale);
+        unsigned high[4], low[4];
 #pragma unroll
-                for (int j = 0; j < VECTOR; ++j) values[j] *= rstd * scale[j];
-            }
-            store8(vectors + warp * stride + k, values);
-#pragma unroll
-            for (int j = 0; j < VECTOR; ++j) values[j] -= __half2float(__float2half_rn(values[j]));
-            store8(low + k, values);
+        for (int j = 0; j < 4; ++j) {
+            high[j] = pack(values[2 * j], values[2 * j + 1]);
+            low[j] = pack_rest(values[2 * j], values[2 * j + 1], high[j]);
         }
-    };
-    gemv::multiply<ROW_TILES, 2, 4>(call.qkv_proj + static_cast<long long>(first) * call.hidden_size,
-                                        total_rows - first, call.hidden_size, vectors, call.batch, sums, request, prepare);
-    const int n = first + threadIdx.x / gemv::MAX_VECTORS, m = threadIdx.x % gemv::MAX_VECTORS;
-    if (threadIdx.x < ROWS * gemv::MAX_VECTORS && n < total_rows && m < call.batch)
-        call.qkv[static_cast<long long>(m) * total_rows + n] =
-            sums[threadIdx.x] * call.qkv_unscale + (call.qkv_bias != nullptr ? call.qkv_bias[n] : 0.0f);
+        parts[0] = make_uint4(high[0], high[1], high[2], high[3]);
+        parts[1] = make_uint4(low[0], low[1], low[2], low[3]);
+    });
+    __syncthreads();
+    const int b = threadIdx.x / ROWS, n = first + threadIdx.x % ROWS;
+    static_assert(ROWS * gemv::MAX_VECTORS == gemv::THREADS, "a thread to a sum");
+    if (b < call.batch && n < total_rows)
+        call.qkv[static_cast<long long>(b) * total_rows + n] =
+            gemv::sum_of_warps<TILES>(sums, threadIdx.x) * call.qkv_unscale +
+            (call.qkv_bias != nullptr ? call.qkv_bias[n] : 0.0f);
 }

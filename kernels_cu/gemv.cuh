@@ -1,8 +1,8 @@
-// W v for up to 8 vectors at once, memory bound: the rows of W are the tensor cores' A operand, read once and straight
-// from memory to registers, 16 bytes a thread; the vectors are B, float16 in shared memory, in one or two parts.
+// W v for up to 8 vectors at once, memory bound: rows of W go straight from memory to registers, 16 bytes a thread, and
+// are the tensor cores' B operand; the vectors are A.
 //
-// A product of a row may take its k in any order if both sides agree: lane l reads 8 consecutive k of rows l / 4 and
-// l / 4 + 8, and calls the first four the first k16 step and the rest the second.
+// A product of a row may take its k in any order if both sides agree: lane l reads 8 consecutive k of row l / 4 of W and
+// of vector l / 4, and calls the first four of them the first k16 step and the rest the second.
 #pragma once
 #include "call.cuh"
 
@@ -11,91 +11,97 @@ namespace gemv {
 constexpr int WARPS = 8;
 constexpr int THREADS = 32 * WARPS;
 constexpr int MAX_VECTORS = 8;
-constexpr int STEP = 32;         // k of a warp at a time
+constexpr int TILE = 8;   // rows of W
+constexpr int STEP = 32;  // k of a warp at a time; its next steps lie WARPS steps further
 
-// Halves between vectors: half a bank cycle apart, so that two vectors a 16-byte read touches do not collide.
-__device__ __host__ __forceinline__ constexpr int vector_stride(int k_size) { return (k_size + 63) / 64 * 64 + 32; }
+// The k at which this thread's 8 elements of a step begin.
+__device__ __forceinline__ int first_k(int step) { return step * STEP + threadIdx.x % 4 * 8; }
 
-// sums[n * MAX_VECTORS + m] = sum_k w[n, k] vector m[k], for the block's 16 RowTiles rows: thread n * MAX_VECTORS + m may
-// read it without a barrier. Shared float sums [WARPS, 16 RowTiles, MAX_VECTORS].
-// The first loads of W do not wait for the kernel before. Then `request` starts copies to shared memory and `prepare`
-// makes of them the vectors, shared [Parts, num_vectors, vector_stride(k_size)], zero up to a multiple of STEP. Loads of Unroll steps a warp
-// are under way at a time.
-template <int RowTiles, int Parts, int Unroll, typename Request, typename Prepare>
-__device__ __forceinline__ void multiply(const __half* w, int num_rows, int k_size, const __half* vectors,
-                                         int num_vectors, float* sums, Request request, Prepare prepare) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int row = lane / 4, quad = lane % 4;
-    const int steps = (k_size + STEP - 1) / STEP;
-    const int stride = vector_stride(k_size);
-    const __half* const mine = w + static_cast<long long>(row) * k_size + quad * 8;
-    uint4 next[Unroll][2 * RowTiles];
+// One block's Tiles x 8 rows of W. Loads of Unroll steps a warp are under way at a time.
+template <int Tiles, int Unroll>
+struct Rows {
+    const __half* mine;  // of this thread's row of the first tile
+    int rows_left, k_size;
+    uint4 loaded[Unroll][Tiles];
 
-    auto load = [&](int first) {
+    // Needs nothing that the kernel before this one writes.
+    __device__ __forceinline__ Rows(const __half* w, int num_rows, int k_size) : k_size(k_size) {
+        const int row = threadIdx.x % 32 / 4;
+        mine = w + static_cast<long long>(row) * k_size;
+        rows_left = num_rows - row;
 #pragma unroll
-        for (int u = 0; u < Unroll; ++u) {
-            const int k = (first + u * WARPS) * STEP;
+        for (int u = 0; u < Unroll; ++u) load(loaded[u], first_k(threadIdx.x / 32 + u * WARPS));
+        // One more as far as L2: registers are short.
+        const int k = first_k(threadIdx.x / 32 + Unroll * WARPS);
 #pragma unroll
-            for (int i = 0; i < 2 * RowTiles; ++i) {
-                next[u][i] = make_uint4(0, 0, 0, 0);
-                if (k + quad * 8 < k_size && row + 8 * i < num_rows)
-                    next[u][i] = __ldcs(reinterpret_cast<const uint4*>(mine + 8 * i * k_size + k));
-            }
+        for (int t = 0; t < Tiles; ++t)
+            if (k < k_size && t * TILE < rows_left)
+                asm volatile("prefetch.global.L2 [%0];" ::"l"(mine + t * TILE * k_size + k));
+    }
+
+    __device__ __forceinline__ void load(uint4 (&step)[Tiles], int k) {
+#pragma unroll
+        for (int t = 0; t < Tiles; ++t) {
+            step[t] = make_uint4(0, 0, 0, 0);
+            if (k < k_size && t * TILE < rows_left)
+                step[t] = __ldcs(reinterpret_cast<const uint4*>(mine + t * TILE * k_size + k));
         }
-    };
+    }
 
-    load(warp);
-    wait_for_previous_kernel();
-    request();
-    copies_commit();
-    copies_wait<0>();
-    __syncthreads();
-    prepare();
-    __syncthreads();
-    float total[RowTiles][4] = {};
+    // Shared float sums [WARPS, MAX_VECTORS, 8 Tiles]: each warp's share of vector m times row n of W. `fetch(k, parts)`
+    // gives this thread's elements k to k + 7 of vector l / 4, float16, zero where there are none, in 1 or 2 Parts; it is
+    // asked for AtOnce steps at a time.
+    template <int Parts, int AtOnce, typename Fetch>
+    __device__ __forceinline__ void multiply(float* sums, Fetch fetch) {
+        const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+        const int steps = (k_size + STEP - 1) / STEP;
+        constexpr int CHAINS = Tiles == 1 ? 2 : 1;  // products wait for the one before them, or for those of other tiles
+        float total[Tiles][CHAINS][4] = {};
 #pragma unroll 1
-    for (int first = warp; first < steps; first += Unroll * WARPS) {
-        uint4 now[Unroll][2 * RowTiles];
+        for (int first = warp; first < steps; first += Unroll * WARPS) {
 #pragma unroll
-        for (int u = 0; u < Unroll; ++u)
+            for (int some = 0; some < Unroll; some += AtOnce) {
+                uint4 vector[AtOnce][Parts];
 #pragma unroll
-            for (int i = 0; i < 2 * RowTiles; ++i) now[u][i] = next[u][i];
-        if (first + Unroll * WARPS < steps) load(first + Unroll * WARPS);
+                for (int u = 0; u < AtOnce; ++u) fetch(first_k(first + (some + u) * WARPS), vector[u]);
 #pragma unroll
-        for (int u = 0; u < Unroll; ++u) {
-            const int step = first + u * WARPS;
-            if (step >= steps) break;
+                for (int u = 0; u < AtOnce; ++u) {
+                    uint4(&w)[Tiles] = loaded[some + u];
+                    // High parts are rows 0 to 7 of A, low parts rows 8 to 15.
+                    const uint4 high = vector[u][0], low = Parts == 2 ? vector[u][Parts - 1] : make_uint4(0, 0, 0, 0);
+                    const unsigned first_half[4] = {high.x, low.x, high.y, low.y};
+                    const unsigned second_half[4] = {high.z, low.z, high.w, low.w};
 #pragma unroll
-            for (int p = Parts - 1; p >= 0; --p) {
-                uint4 b = make_uint4(0, 0, 0, 0);
-                if (row < num_vectors)
-                    b = *reinterpret_cast<const uint4*>(vectors + (p * num_vectors + row) * stride + step * STEP + quad * 8);
-#pragma unroll
-                for (int t = 0; t < RowTiles; ++t) {
-                    const uint4 low = now[u][2 * t], high = now[u][2 * t + 1];
-                    const unsigned first_half[4] = {low.x, high.x, low.y, high.y};
-                    const unsigned second_half[4] = {low.z, high.z, low.w, high.w};
-                    multiply_add(total[t], first_half, b.x, b.y);
-                    multiply_add(total[t], second_half, b.z, b.w);
+                    for (int t = 0; t < Tiles; ++t) {
+                        multiply_add(total[t][0], first_half, w[t].x, w[t].y);
+                        multiply_add(total[t][CHAINS - 1], second_half, w[t].z, w[t].w);
+                    }
+                    if (first + Unroll * WARPS < steps) load(w, first_k(first + (Unroll + some + u) * WARPS));
                 }
             }
         }
+#pragma unroll
+        for (int t = 0; t < Tiles; ++t) {
+            float* place = sums + (warp * MAX_VECTORS + lane / 4) * (TILE * Tiles) + t * TILE + lane % 4 * 2;
+            float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+            for (int c = 0; c < CHAINS; ++c) {
+                sum.x += total[t][c][0], sum.y += total[t][c][1];
+                if (Parts == 2) sum.x += total[t][c][2], sum.y += total[t][c][3];
+            }
+            *reinterpret_cast<float2*>(place) = sum;
+        }
     }
+};
 
-    // Add the warps' shares, always in the same order.
+// Sum `i`, over the warps and always in the same order, of sums that `multiply` left: vector i / (8 Tiles), row of W
+// i % (8 Tiles).
+template <int Tiles>
+__device__ __forceinline__ float sum_of_warps(const float* sums, int i) {
+    float sum = 0.0f;
 #pragma unroll
-    for (int t = 0; t < RowTiles; ++t)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-            sums[((warp * RowTiles + t) * 16 + row + e / 2 * 8) * MAX_VECTORS + 2 * quad + e % 2] = total[t][e];
-    __syncthreads();
-    constexpr int SIZE = RowTiles * 16 * MAX_VECTORS;
-    if (threadIdx.x < SIZE) {
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < WARPS; ++i) sum += sums[i * SIZE + threadIdx.x];
-        sums[threadIdx.x] = sum;
-    }
+    for (int w = 0; w < WARPS; ++w) sum += sums[w * MAX_VECTORS * TILE * Tiles + i];
+    return sum;
 }
 
 }  // namespace gemv

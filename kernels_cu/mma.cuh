@@ -15,14 +15,17 @@ __device__ __forceinline__ unsigned shared_address(const void* p) {
 }
 
 // Copy 16 bytes to shared memory past L1, or write 16 zero bytes and read nothing: then `global` may point anywhere.
-__device__ __forceinline__ void copy16_async(void* shared, const void* global, bool valid) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(valid ? 16 : 0) : "memory");
+__device__ __forceinline__ void copy16_async(unsigned shared, const void* global, bool valid) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared), "l"(global), "r"(valid ? 16 : 0)
+                 : "memory");
 }
 
-__device__ __forceinline__ void copy4_async(void* shared, const void* global, bool valid) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(shared)), "l"(global),
-                 "r"(valid ? 4 : 0) : "memory");
+__device__ __forceinline__ void copy16_async(void* shared, const void* global, bool valid) {
+    copy16_async(shared_address(shared), global, valid);
+}
+
+__device__ __forceinline__ void copy4_async(void* shared, const void* global) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
 }
 
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
@@ -33,21 +36,28 @@ __device__ __forceinline__ void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
 }
 
-// Four 8 x 8 matrices of 16-bit elements; lane 8 i + r gives the address of row r of matrix i.
-__device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) {
+// Four 8 x 8 matrices of 16-bit elements; lane 8 i + r gives the shared_address of row r of matrix i.
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], unsigned row) {
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 
-// The same with two, addressed by lanes 0 to 15.
-__device__ __forceinline__ void load_two_matrices(unsigned& first, unsigned& second, const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-                 : "=r"(first), "=r"(second) : "r"(shared_address(row)) : "memory");
+__device__ __forceinline__ void load_matrices(unsigned (&r)[4], const void* row) { load_matrices(r, shared_address(row)); }
+
+__device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], unsigned row) {
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(row) : "memory");
 }
 
 __device__ __forceinline__ void load_matrices_transposed(unsigned (&r)[4], const void* row) {
-    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3]) : "r"(shared_address(row)) : "memory");
+    load_matrices_transposed(r, shared_address(row));
+}
+
+// The transpose of an 8 x 8 matrix of 16-bit elements; lane l has and gets elements 2 (l % 4) + {0, 1} of row l / 4.
+__device__ __forceinline__ unsigned transpose(unsigned pair) {
+    unsigned out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(pair));
+    return out;
 }
 
 __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1, __half) {
@@ -67,6 +77,17 @@ __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[
 
 __device__ __forceinline__ void multiply_add(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
     multiply_add(c, a, b0, b1, __half());
+}
+
+// A product of 16 x 8 x 8: k only 2 (l % 4) + {0, 1}, and one register where there were two.
+__device__ __forceinline__ void multiply_add_8(float (&c)[4], unsigned a0, unsigned a1, unsigned b, __half) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
+}
+
+__device__ __forceinline__ void multiply_add_8(float (&c)[4], unsigned a0, unsigned a1, unsigned b, __nv_bfloat16) {
+    asm("mma.sync.aligned.m16n8k8.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
 }
 
 // Two floats to a pair of 16-bit values in one register, rounded to nearest even; `low` is the first of the two.

@@ -20,7 +20,7 @@
 static_assert(BLOCK_N % HEAD_DIM == 0, "a tile holds whole heads");
 
 // Parts of the hidden states: what k is off by changes, now and then, how it rounds, which in bfloat16 is a large step.
-constexpr int HIDDEN_PARTS = STORED_AS_FLOAT16 ? PARTS : 2;
+constexpr int HIDDEN_PARTS = 2;
 constexpr int BLOCK_M = gemm::WARPS * WARP_M;
 constexpr int HEADS_A_TILE = BLOCK_N / HEAD_DIM;
 constexpr int VEC = HEAD_DIM % 64 == 0 ? 8 : HEAD_DIM % 32 == 0 ? 4 : 2;  // consecutive dims of a thread

@@ -274,7 +274,6 @@ def test_a_replay_past_the_models_positions_gives_nan_and_appends_nothing(stream
     overrun(make_layer(config), 40, [5], 10, "or position 14")
 
 
-@pytest.mark.xfail(reason="cuda.py hands kernels max_position, not the length whose angles they have", strict=False)
 def test_a_replay_past_the_length_of_dynamic_rope_gives_nan(stream):
     """The kernels have the angles of the model's own length only; eager calls leave them for separate operations."""
     import cupy

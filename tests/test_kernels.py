@@ -702,6 +702,51 @@ def test_building_at_import_can_be_deferred_and_never_raises(monkeypatch):
     assert sorted(asked) == sorted(pairs * 2)
 
 
+def test_what_an_earlier_import_built_is_left_to_the_calls_that_need_it(monkeypatch, tmp_path):
+    import cupy
+
+    asked, done = [], tmp_path / "done"
+    monkeypatch.setattr(kernels, "_all_built", lambda pairs: done)
+    monkeypatch.setattr(kernels, "cache_problem", lambda: None)
+    monkeypatch.setattr(cupy.cuda, "Device", contextlib.nullcontext)
+    monkeypatch.delenv(kernels.DEFER_VARIABLE, raising=False)
+    pairs = [("one", MACROS), ("two", HALF)]
+
+    def broken(name, macros):
+        raise ca.KernelBuildError(f"{name} did not compile")
+
+    monkeypatch.setattr(kernels, "kernel", broken)
+    assert len(kernels.build_common(pairs)) == 2
+    assert not done.exists()
+    monkeypatch.setattr(kernels, "kernel", lambda *pair: asked.append(pair))
+    monkeypatch.setattr(kernels, "cache_problem", lambda: "the kernel cache cannot be used.")
+    assert kernels.build_common(pairs) == []
+    assert not done.exists()
+    monkeypatch.setattr(kernels, "cache_problem", lambda: None)
+    assert kernels.build_common(pairs) == kernels.build_common(pairs) == []
+    assert sorted(asked) == sorted(pairs * 2)
+    assert done.exists()
+
+
+def test_what_was_built_is_known_by_sources_gpu_and_cuda(monkeypatch, tmp_path):
+    import cupy
+
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(tmp_path))
+    state = {"arch": "sm_90a", "digest": "a", "runtime": 12090}
+    monkeypatch.setattr(kernels, "current_arch", lambda: state["arch"])
+    monkeypatch.setattr(kernels, "source_digest", lambda: state["digest"])
+    monkeypatch.setattr(cupy.cuda.runtime, "runtimeGetVersion", lambda: state["runtime"])
+    pairs = [("one", MACROS), ("two", HALF)]
+    files = {kernels._all_built(pairs), kernels._all_built(pairs[:1])}
+    assert kernels._all_built(pairs[::-1]) in files
+    for name, other in (("arch", "sm_80"), ("digest", "b"), ("runtime", 13000)):
+        before, state[name] = state[name], other
+        files.add(kernels._all_built(pairs))
+        state[name] = before
+    assert len(files) == 5
+    assert {file.parent for file in files} == {tmp_path}
+
+
 # The wheel.
 
 

@@ -32,7 +32,7 @@ from cupy_attn.errors import FileError
 from cupy_attn.plots import Curve, Panel, check_plot, times_plot
 
 WORKING_SET = 256 << 20
-MIN_LAYERS, MAX_LAYERS = 2, 28
+MIN_LAYERS, MAX_LAYERS = 8, 28  # with fewer, the start of a graph is a good part of a layer's time
 ROOM = 64  # cache rows past the tokens
 WARM_UPS = 5
 SLOW_REPLAYS = 3  # of a stack whose replays would take longer than they may

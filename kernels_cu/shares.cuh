@@ -1,0 +1,152 @@
+// How attend_decode.cu shares out cached keys among its blocks, and how a warp finds its way through them.
+//
+// Work is counted in tiles of 16 keys of one "head": one sequence, one KV head and up to 8 HEAD_TILES of its query heads.
+// All tiles of all heads stand in one row, sequence after sequence, head after head, and every block takes an equal run of
+// it. Where heads are of equal lengths and there are no more of them than blocks, runs do not cross from one to the next.
+// A block's warps take its tiles in turns. Everything follows from the lengths on the device.
+// -D: those of call.cuh, HEAD_TILES, WARPS, WINDOW.
+#pragma once
+#include "call.cuh"
+
+constexpr int ROWS = 8 * HEAD_TILES;  // query heads of a head, at most
+constexpr int TILE = 16;              // keys
+constexpr int ALONE = 2 * WARPS;             // tiles that one block does sooner than several that have to meet
+
+// One sequence's part in the row of all tiles.
+struct SequenceTiles {
+    int past;        // tokens in the cache; the new one comes after them
+    int first_tile;  // before it no key is in the window
+    int tiles;       // of each of its heads; 0 if it has no new token
+};
+
+__device__ __forceinline__ SequenceTiles sequence_tiles(const Call& call, int b) {
+    SequenceTiles s = {0, 0, 0};
+    if (b >= call.batch) return s;
+    s.past = __ldcg(call.lengths + b);
+#ifdef WINDOW
+    s.first_tile = max(0, s.past - call.window + 1) / TILE;  // positions rise at least as fast as places
+#endif
+    // A new token at a position past the model's gets its tiles; `append` leaves it out and decode_output.cu says NaN.
+    const bool has_new = call.num_tokens == nullptr || __ldcg(call.num_tokens + b) > 0;
+    s.tiles = has_new && s.past < call.capacity ? s.past / TILE + 1 - s.first_tile : 0;
+    return s;
+}
+
+// How the row of all tiles is cut: into runs of `size` tiles. With `whole`, every head is taken to have a multiple of that,
+// so that runs do not cross heads; its last run is then short.
+struct Shares {
+    int size;
+    bool whole;
+
+    __device__ __forceinline__ int width(int tiles) const { return whole ? (tiles + size - 1) / size * size : tiles; }
+};
+
+// `mine` is that of sequence l, in both functions: they begin with it and look up the others.
+__device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequence, const SequenceTiles& mine) {
+    const int lane = threadIdx.x % 32, blocks = gridDim.x;
+    int total = 0, most = 0, least = 0x7fffffff;
+    for (int first = 0; first < call.batch; first += 32) {
+        const int tiles = first == 0 ? mine.tiles : sequence_tiles(call, first + lane).tiles;
+        total += tiles;
+        most = max(most, tiles);
+        if (first + lane < call.batch) least = min(least, tiles);
+    }
+    total = __reduce_add_sync(0xffffffffu, total);
+    most = __reduce_max_sync(0xffffffffu, most);
+    least = __reduce_min_sync(0xffffffffu, least);
+    const int heads = call.batch * heads_a_sequence;
+    const int even = max(1, (total * heads_a_sequence + blocks - 1) / blocks);
+    if (most != least) return {max(even, WARPS), false};
+    if (heads <= blocks) {
+        const int runs = most <= ALONE ? 1 : min(blocks / heads, (most + WARPS - 1) / WARPS);
+        return {max(1, (most + runs - 1) / runs), true};
+    }
+    const int whole_heads = (heads + blocks - 1) / blocks * most;  // an uneven end may cost less than crossing heads
+    return {whole_heads <= even + even / 16 ? whole_heads : even, false};
+}
+
+// A place in a block's run: the next tile of this warp, and the head it belongs to.
+struct Cursor {
+    int b, head;                 // head: of the sequence's
+    int kv_head_idx, first_row;  // and what that is: KV head and first of its query heads
+    int past;
+    int width;                   // tiles a head of this sequence is taken to have
+    int begin;                   // place of the head's first tile in the row of all tiles
+    int slot, end;               // of the tile's first key in the cache; of the end of this block's run in the head
+    int left;                    // tiles of this block's run, after this head
+    const STORAGE* k;            // what this lane copies first of a whole tile
+};
+
+__device__ __forceinline__ void go_to(const Call& call, Cursor& at, int slot) {
+    at.slot = slot;
+    at.k = call.k_cache + ((static_cast<long long>(at.b) * call.num_kv_heads + at.kv_head_idx) * call.capacity + slot) *
+                              HEAD_DIM + threadIdx.x % 32 * 8;
+}
+
+__device__ __forceinline__ void go_on(Cursor& at) {
+    at.slot += WARPS * TILE;
+    at.k += WARPS * TILE * HEAD_DIM;
+}
+
+__device__ __forceinline__ void enter_head(const Call& call, Cursor& at, int first_tile, int tiles, int from) {
+    const int here = min(at.left, at.width - from);
+    at.left -= here;
+    at.end = (first_tile + min(from + here, tiles)) * TILE;
+    go_to(call, at, (first_tile + from + static_cast<int>(threadIdx.x / 32)) * TILE);
+}
+
+// Find a place in the row of all tiles; false if there is none. All lanes of a warp together.
+__device__ __forceinline__ bool find(const Call& call, const Shares& shares, int heads_a_sequence,
+                                     const SequenceTiles& mine, int place, Cursor& at) {
+    const int lane = threadIdx.x % 32;
+    int begin = 0;
+    for (int first = 0; first < call.batch; first += 32) {
+        const SequenceTiles s = first == 0 ? mine : sequence_tiles(call, first + lane);
+        const int width = shares.width(s.tiles), here = width * heads_a_sequence;
+        int end = here;
+#pragma unroll
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const int before = __shfl_up_sync(0xffffffffu, end, offset);
+            if (lane >= offset) end += before;
+        }
+        const unsigned beyond = __ballot_sync(0xffffffffu, begin + end > place);
+        if (beyond) {
+            const int source = __ffs(beyond) - 1;
+            at.b = first + source;
+            at.past = __shfl_sync(0xffffffffu, s.past, source);
+            at.width = __shfl_sync(0xffffffffu, width, source);
+            const int sequence_begin = begin + __shfl_sync(0xffffffffu, end - here, source);
+            at.head = (place - sequence_begin) / at.width;
+            at.first_row = at.head / call.num_kv_heads * ROWS;
+            at.kv_head_idx = at.head % call.num_kv_heads;
+            at.begin = sequence_begin + at.head * at.width;
+            at.left = shares.size;
+            enter_head(call, at, __shfl_sync(0xffffffffu, s.first_tile, source), __shfl_sync(0xffffffffu, s.tiles, source),
+                       place - at.begin);
+            return true;
+        }
+        begin += __shfl_sync(0xffffffffu, end, 31);
+    }
+    return false;
+}
+
+// Go on to the next head of the run; false if the run ends.
+__device__ __forceinline__ bool next_head(const Call& call, int heads_a_sequence, Cursor& at) {
+    at.begin += at.width;
+    int tiles = at.width;  // runs that cross heads count true tiles
+    if (++at.kv_head_idx == call.num_kv_heads) at.kv_head_idx = 0, at.first_row += ROWS;
+    if (++at.head == heads_a_sequence) {
+        at.head = at.first_row = tiles = 0;
+        while (at.left > 0 && tiles == 0) {
+            if (++at.b >= call.batch) {
+                at.left = 0;
+            } else {
+                const SequenceTiles s = sequence_tiles(call, at.b);
+                at.past = s.past, at.width = tiles = s.tiles;
+            }
+        }
+    }
+    if (at.left <= 0) return false;
+    enter_head(call, at, at.past / TILE + 1 - tiles, tiles, 0);
+    return true;
+}
