@@ -55,6 +55,8 @@ class KVCache:
             self.device_positions = xp.zeros((self.batch, self.capacity), np.int32)
             self.device_fault = xp.zeros(1, np.int32)
         self._captured = False
+        self.step: Any = None  # a decode step that the CUDA backend has ready, good for as long as nothing else is done
+        self._steps = 0  # tokens that such steps appended to every sequence, not yet in what the host keeps
         # What the CPU backend keeps: normalised, rotated keys, of which the first counts[b] are current.
         self.rotated = np.empty((0, 0, 0, 0), np.float32)
         self.rotated_counts = np.zeros(self.batch, np.int64)
@@ -92,6 +94,7 @@ class KVCache:
         return int(self.k_heads.nbytes + self.v_heads.nbytes)
 
     def __repr__(self) -> str:
+        self._settle()
         return (
             f"KVCache(layer={self.layer}, batch={self.batch}, capacity={self.capacity}, dtype={self.dtype}, "
             f"lengths={self._lengths.tolist()})"
@@ -99,7 +102,26 @@ class KVCache:
 
     def mark_captured(self) -> None:
         """Note that a CUDA graph holds a call on this cache: from now on only the GPU knows how many tokens it has."""
-        self._captured = True
+        self._captured, self.step = True, None
+
+    @property
+    def captured(self) -> bool:
+        """Whether a CUDA graph holds a call on this cache."""
+        return self._captured
+
+    def count_step(self) -> None:
+        """Note that one token was appended to every sequence, counting on; cheaper than :meth:`commit`."""
+        self._steps += 1
+
+    def _settle(self) -> None:
+        """Enter the tokens of :meth:`count_step` into lengths and positions."""
+        if self._steps:
+            count, self._steps = self._steps, 0
+            start = self.next_positions()
+            for b in range(self.batch):
+                end = int(self._lengths[b])
+                self._positions[b, end : end + count] = start[b] + np.arange(count)
+            self._lengths += count
 
     def refresh(self) -> None:
         """Bring the host's lengths and positions up to date with the GPU's, where a graph may have changed them.
@@ -109,6 +131,7 @@ class KVCache:
         CacheError
             A replay would have run past the capacity or the model's positions; it appended nothing and returned NaN.
         """
+        self._settle()
         if not self._captured or self.xp.cuda.get_current_stream().is_capturing():
             return
         self.xp.cuda.Device().synchronize()  # replays may be on any stream
@@ -130,7 +153,8 @@ class KVCache:
         self.device_lengths += self.xp.asarray(num_tokens.astype(np.int32))
 
     def _upload(self) -> None:
-        """Give the GPU the host's lengths and positions."""
+        """Give the GPU the host's lengths and positions, which are new."""
+        self.step, self._steps = None, 0
         if self.xp is not np:
             self.device_lengths[...] = self.xp.asarray(self._lengths.astype(np.int32))
             longest = int(self._lengths.max())

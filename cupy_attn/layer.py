@@ -173,6 +173,10 @@ class Attention:
         CacheError
             The cache is too small, or of another layer, config, batch or device; nothing is written.
         """
+        if cache is not None and positions is None and stages is None and num_tokens is None and self.device == "cuda":
+            y = self._backend.step(x, cache, residual, out) if isinstance(cache, KVCache) else None
+            if y is not None:
+                return y
         config, xp = self.config, self._backend.xp
         x = check_hidden("x", x, self.dtype, (None, None, config.hidden_size))
         on_gpu = is_cupy(x)

@@ -15,6 +15,7 @@ class Workspace:
     """
 
     def __init__(self) -> None:
+        self.generation = 0  # goes up whenever a buffer moves
         self._buffers: dict[str, Any] = {}
         self._kept: list[Any] = []
 
@@ -37,6 +38,7 @@ class Workspace:
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < nbytes:
             buffer = self._buffers[name] = (cupy.zeros if zeroed else cupy.empty)(nbytes, np.uint8)
+            self.generation += 1
         if capturing and not any(kept is buffer for kept in self._kept):
             self._kept.append(buffer)
         return buffer[:nbytes].view(dtype).reshape(shape)

@@ -217,10 +217,14 @@ class EmulatedLauncher:
     def __init__(self, launch: Launch) -> None:
         self._launch, self._kernel = launch, kernel(launch.name, launch.macros)
 
-    def __call__(self, call: np.ndarray, stream: Any) -> None:
+    def bind(self, call: np.ndarray, stream: Any) -> Callable[[], None]:
         one = self._launch
-        EmulatedLauncher.seed += 1
-        self._kernel(one.grid, one.threads, one.smem_bytes, EmulatedLauncher.seed, call)
+
+        def run() -> None:
+            EmulatedLauncher.seed += 1
+            self._kernel(one.grid, one.threads, one.smem_bytes, EmulatedLauncher.seed, call)
+
+        return run
 
 
 def pretend(monkeypatch: Any, num_sms: int) -> None:

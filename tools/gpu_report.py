@@ -349,15 +349,34 @@ print(middle - start, time.perf_counter() - middle)
 """
 
 
+HOST_CALLS, HOST_RUNS = 50, 9
+
+
+def host_us() -> float:
+    """Return what a repeated decode step takes the host, of few enough that none waits for the GPU."""
+    config = model_config("0.6B")
+    layer = ca.Attention(config, random_layer(config), "float16", "cuda")
+    cache, x = layer.new_cache(1, HOST_CALLS * (HOST_RUNS + 1)), cupy.zeros((1, 1, config.hidden_size), np.float16)
+    y, times = cupy.empty_like(x), []
+    for _ in range(1 + HOST_RUNS):
+        cupy.cuda.Device().synchronize()
+        start = time.perf_counter()
+        for _ in range(HOST_CALLS):
+            layer(x, cache, residual=x, out=y)
+        times.append((time.perf_counter() - start) / HOST_CALLS * 1e6)
+    return float(np.median(times[1:]))
+
+
 def imports() -> dict[str, Any]:
-    """Time the import of cupy_attn over that of cupy, and let the doctor compile cold and test."""
+    """Time the import of cupy_attn over that of cupy and a step's host side; let the doctor compile cold and test."""
     times = []
     for _ in range(1 + IMPORT_RUNS):  # the first fills the kernel cache
         printed = output([sys.executable, "-c", IMPORT_TIMER], building_at_import())
         times.append([float(number) for number in printed.split()])
     cupy_s, over_cupy_s = np.median(times[1:], axis=0).tolist()
     doctor = {name: value for name, value in examine().items() if name != "cache"}
-    return {"import": {"runs": IMPORT_RUNS, "cupy_s": cupy_s, "over_cupy_s": over_cupy_s}, "doctor": doctor}
+    took = {"runs": IMPORT_RUNS, "cupy_s": cupy_s, "over_cupy_s": over_cupy_s, "host_us": host_us()}
+    return {"import": took, "doctor": doctor}
 
 
 # the report
@@ -542,6 +561,8 @@ def build_section(report: dict[str, Any]) -> list[str]:
     nvrtc = doctor["nvrtc"]
     sentences = [f"Importing cupy_attn takes {took['over_cupy_s']:.2f} s more than cupy's {took['cupy_s']:.2f} s, with "
                  f"kernels in CuPy's cache (medians of {took['runs']})."]  # fmt: skip
+    if "host_us" in took:
+        sentences.append(f"A decode step that repeats the one before takes the host {took['host_us']:.1f} us.")
     if "cold_compile_s" in nvrtc:
         left = f", {nvrtc['not_compiled']} left out" if "not_compiled" in nvrtc else ""
         sentences.append(f"Cold, {nvrtc['kernels']} kernels compile in {nvrtc['cold_compile_s']} s on "

@@ -1,0 +1,162 @@
+"""Decode steps that repeat the call before: the same bits and the same errors, without planning anew."""
+
+from __future__ import annotations
+
+import sys
+
+import emulated_gpu
+import numpy as np
+import pytest
+from conftest import make_config, make_hidden, make_weights
+
+import cupy_attn as ca
+from cupy_attn import cuda
+
+pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
+
+CONFIG = make_config(hidden_size=72, num_attention_heads=2, num_key_value_heads=1, head_dim=16)
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """Count the calls that were planned."""
+    emulated_gpu.pretend(monkeypatch, num_sms=2)
+    calls, forward = [], cuda.CudaBackend.forward
+
+    def counted(self, plan, cache):
+        calls.append(plan)
+        return forward(self, plan, cache)
+
+    monkeypatch.setattr(cuda.CudaBackend, "forward", counted)
+    return calls
+
+
+def make_layer(config=CONFIG) -> ca.Attention:
+    return ca.Attention(config, make_weights(config, dtype="float16"), "float16", "cuda")
+
+
+def tokens(count: int, batch: int = 1):
+    """Return single tokens [B, 1, H] on the GPU."""
+    xp = sys.modules["cupy"]
+    return [xp.asarray(make_hidden(CONFIG, batch, 1, seed=i, dtype="float16")) for i in range(count)]
+
+
+def same(a, b) -> bool:
+    return np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+def slowly(layer, cache, x, **options):
+    """Call with every step planned."""
+    cache.step = None
+    return layer(x, cache, **options)
+
+
+@pytest.mark.parametrize("prompts", [[0], [5, 0, 3]])
+def test_repeated_steps_are_planned_steps_bit_for_bit(planned, prompts):
+    layer = make_layer()
+    xs, caches = tokens(6, len(prompts)), [layer.new_cache(len(prompts), 12) for _ in range(2)]
+    if max(prompts):
+        prompt = make_hidden(CONFIG, len(prompts), max(prompts), seed=9, dtype="float16")
+        for cache in caches:
+            layer(prompt, cache, num_tokens=prompts)
+    planned.clear()
+    ys = [layer(x, caches[0], residual=x) for x in xs]
+    assert len(planned) == 1
+    assert all(same(y, slowly(layer, caches[1], x, residual=x)) for x, y in zip(xs, ys, strict=True))
+    assert len(planned) == 7
+    assert repr(caches[0]) == repr(caches[1])
+    for name, array in caches[0].state().items():
+        assert same(array, caches[1].state()[name]), name
+    assert same(caches[0].device_lengths, caches[0].lengths.astype(np.int32))
+
+
+def test_arrays_may_differ_from_step_to_step(planned):
+    layer, (a, b, c, d) = make_layer(), tokens(4)
+    cache, other, xp = layer.new_cache(1, 12), layer.new_cache(1, 12), sys.modules["cupy"]
+    out = xp.zeros(a.shape, a.dtype)
+    calls = [{"residual": a}, {}, {"residual": d, "out": out}, {"out": out}]
+    for x, options in zip((a, b, c, d), calls, strict=True):
+        y = layer(x, cache, **options)
+        assert same(y, slowly(layer, other, x, **({} if "out" not in options else {"out": out.copy()}) |
+                              {name: value for name, value in options.items() if name != "out"}))  # fmt: skip
+        assert ("out" in options) is (y is out)
+    assert len(planned) == 1 + 4
+
+
+def test_what_no_step_takes_is_planned(planned):
+    layer, (a, b, c) = make_layer(), tokens(3)
+    cache, xp = layer.new_cache(1, 40), sys.modules["cupy"]
+    layer(a, cache)
+    wide = xp.zeros((1, 1, 2 * CONFIG.hidden_size), a.dtype)
+    for x, options in [
+        (np.asarray(b).view(np.ndarray), {}),
+        (wide[..., ::2], {}),
+        (b, {"residual": wide[..., ::2]}),
+        (b, {"positions": [30]}),
+        (b, {"num_tokens": [1]}),
+        (b, {"stages": {}}),
+        (xp.asarray(make_hidden(CONFIG, 1, 2, dtype="float16")), {}),
+    ]:
+        layer(c, cache)  # a step is ready
+        before = len(planned)
+        layer(x, cache, **options)
+        assert len(planned) == before + 1, options
+
+
+@pytest.mark.parametrize("change", ["truncate", "assume", "reset", "restore"])
+def test_a_cache_that_was_changed_by_hand_is_looked_at_again(planned, change):
+    layer, xs = make_layer(), tokens(6)
+    cache, other = layer.new_cache(1, 12), layer.new_cache(1, 12)
+    for x in xs[:4]:
+        layer(x, cache)
+        slowly(layer, other, x)
+    for one in (cache, other):
+        given = {"truncate": (2,), "assume": (3,), "reset": (), "restore": (one.state(),)}[change]
+        getattr(one, change)(*given)
+    for x in xs[4:]:
+        assert same(layer(x, cache), slowly(layer, other, x))
+    assert cache.lengths.tolist() == other.lengths.tolist()
+    assert cache.positions[:, : int(cache.lengths[0])].tolist() == other.positions[:, : int(cache.lengths[0])].tolist()
+
+
+def test_steps_end_with_the_cache_and_with_the_model(planned):
+    layer, xs = make_layer(), tokens(6)
+    cache = layer.new_cache(1, 5)
+    for x in xs[:5]:
+        layer(x, cache)
+    with pytest.raises(ca.CacheError, match="capacity 5 cannot take 5 \\+ 1 tokens"):
+        layer(xs[5], cache)
+    assert cache.lengths.tolist() == [5]
+    short = make_config(hidden_size=72, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+                        max_position_embeddings=4)  # fmt: skip
+    layer = make_layer(short)
+    cache = layer.new_cache(1, 9)
+    for x in xs[:4]:
+        layer(x, cache)
+    with pytest.raises(ca.InputError, match="position 4, the model's positions are 0 to 3"):
+        layer(xs[4], cache)
+    assert len(planned) == 2
+
+
+def test_another_stream_and_scratch_that_moved_are_planned_for(planned, monkeypatch):
+    layer, xs = make_layer(), tokens(5)
+    cache = layer.new_cache(1, 12)
+    layer(xs[0], cache)
+    layer(xs[1], cache)
+    assert len(planned) == 1
+    layer(make_hidden(CONFIG, 3, 50, dtype="float16"))  # needs more scratch
+    layer(xs[2], cache)
+    assert len(planned) == 3
+    monkeypatch.setattr(emulated_gpu._Stream, "ptr", 7)
+    layer(xs[3], cache)
+    assert len(planned) == 4
+
+
+def test_each_layer_has_steps_of_its_own(planned):
+    layer, other = make_layer(), make_layer()
+    xs, caches = tokens(4), [layer.new_cache(1, 12) for _ in range(2)]
+    for x in xs:
+        assert same(layer(x, caches[0]), other(x, caches[1]))
+    assert len(planned) == 2
+    other(xs[0], caches[0])  # of the same config: it may, but not by the first one's step
+    assert len(planned) == 3
