@@ -117,7 +117,7 @@ class KVCache:
         """Enter the tokens of :meth:`count_step` into lengths and positions."""
         if self._steps:
             count, self._steps = self._steps, 0
-            start = self.next_positions()
+            start = self.next_positions()  # of what is entered
             for b in range(self.batch):
                 end = int(self._lengths[b])
                 self._positions[b, end : end + count] = start[b] + np.arange(count)
@@ -141,12 +141,13 @@ class KVCache:
             self.device_fault.fill(0)
             raise CacheError(
                 f"cache: a replayed graph ran past capacity {self.capacity} or position "
-                f"{self.config.max_position - 1}; nothing was appended beyond lengths {self._lengths.tolist()} and the "
-                "outputs of those steps are NaN, make a larger cache."
+                f"{self.config.lasting_positions - 1}; nothing was appended beyond lengths {self._lengths.tolist()} "
+                "and the outputs of those steps are NaN, make a larger cache."
             )
 
     def advance_device(self, positions: np.ndarray, num_tokens: np.ndarray) -> None:
         """Count new tokens on the GPU, for a backend whose operations do not: as :meth:`commit` does on the host."""
+        self._settle()
         for b in range(self.batch):
             start, new = int(self._lengths[b]), int(num_tokens[b])
             self.device_positions[b, start : start + new] = self.xp.asarray(positions[b, :new].astype(np.int32))
@@ -162,16 +163,19 @@ class KVCache:
 
     def key_positions(self, batch_idx: int, new: np.ndarray | None = None) -> np.ndarray:
         """Return the positions of one sequence's cached tokens, then those of ``new`` tokens, [T] int64."""
+        self._settle()
         cached = self._positions[batch_idx, : self._lengths[batch_idx]]
         return cached if new is None else np.concatenate([cached, new])
 
     def next_positions(self) -> np.ndarray:
         """Return the position after each sequence's last token, [B] int64; 0 for an empty one."""
+        self._settle()
         last = np.maximum(self._lengths - 1, 0)
         return np.where(self._lengths > 0, self._positions[np.arange(self.batch), last] + 1, 0).astype(np.int64)
 
     def check_room(self, num_tokens: np.ndarray) -> None:
         """Raise CacheError, before anything is written, unless ``num_tokens`` [B] more tokens fit."""
+        self._settle()
         over = np.flatnonzero(self._lengths + num_tokens > self.capacity)
         if over.size:
             b = int(over[0])
@@ -191,6 +195,7 @@ class KVCache:
         num_tokens : ndarray [B] int
             How many of the S belong to each sequence.
         """
+        self._settle()
         for b in range(self.batch):
             start, new = int(self._lengths[b]), int(num_tokens[b])
             self._positions[b, start : start + new] = positions[b, :new]

@@ -225,6 +225,11 @@ class AttentionConfig:
         return self.num_key_value_heads * self.head_dim
 
     @property
+    def lasting_positions(self) -> int:
+        """Positions below this have the same angles however long the sequence grows: all, but for dynamic RoPE."""
+        return self.max_position_embeddings if self.rope.rope_type == "dynamic" else self.max_position
+
+    @property
     def max_position(self) -> int:
         """Positions 0 .. max_position - 1 are accepted.
 

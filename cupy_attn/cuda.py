@@ -208,16 +208,12 @@ class CudaBackend:
         if self._ready is not None:
             self._set(**self._ready.pointers(), **self._ready.scalars, hidden_size=config.hidden_size,
                       num_q_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads,
-                      max_position=self._max_position(), window=self._window or 0, eps=config.rms_norm_eps)  # fmt: skip
+                      max_position=config.lasting_positions, window=self._window or 0,
+                      eps=config.rms_norm_eps)  # fmt: skip
 
     @functools.cached_property
     def _separate(self) -> SeparateOps:
         return SeparateOps(self._config, self._host_weights, angles=self._angles)
-
-    def _max_position(self) -> int:
-        """Return the end of the positions whose angles the kernels have: dynamic RoPE changes them as it grows."""
-        config = self._config
-        return config.max_position_embeddings if config.rope.rope_type == "dynamic" else config.max_position
 
     def _set(self, **values: Any) -> None:
         for name, value in values.items():
@@ -272,14 +268,16 @@ class CudaBackend:
             out = xp.empty(step.shape, step.dtype)
         elif not step.takes(out, xp.ndarray) or not _writable_in_place(out, residual):
             return None
+        cache.step = None  # until all of it is done: an interrupt must not leave half a step to be repeated
         step.launch(x.data.ptr, 0 if residual is None else residual.data.ptr, out.data.ptr)
         cache.count_step()
+        cache.step = step
         return out
 
     def _room(self, plan: Plan, cache: KVCache) -> int:
         """Return for how many more tokens, after a planned one, there is room in every sequence."""
         places = cache.capacity - int(cache.lengths.max()) - 1
-        return min(places, self._max_position() - 1 - int(plan.positions.max()))
+        return min(places, self._config.lasting_positions - 1 - int(plan.positions.max()))
 
     def _launcher(self, one: Launch) -> Launcher:
         launcher = self._launchers.get(one)
@@ -291,7 +289,7 @@ class CudaBackend:
         """Whether dynamic RoPE has left the length whose angles the kernels have."""
         if self._config.rope.rope_type != "dynamic":
             return False
-        return any(row[: n].max(initial=0) >= self._max_position()
+        return any(row[: n].max(initial=0) >= self._config.lasting_positions
                    for row, n in zip(plan.positions, plan.num_tokens, strict=True))  # fmt: skip
 
     def _plan_launches(self, plan: Plan, past_tiles: int, *, decode: bool) -> list[Launch]:

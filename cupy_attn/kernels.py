@@ -216,7 +216,7 @@ def build_common(pairs: Sequence[tuple[str, Macros]]) -> list[str]:
         done: Path | None = _all_built(pairs)
     except cupy.cuda.runtime.CUDARuntimeError:
         device, done = contextlib.nullcontext(), None  # the builds will say what is wrong
-    if done is not None and os.path.isfile(done):
+    if done is not None and os.path.isfile(done) and cache_problem() is None:
         return []
     failures: list[str] = []
 

@@ -196,9 +196,10 @@ def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits) -> Laun
     dim, head_tiles = config.head_dim, _head_tiles(config)
     rows, stride = 8 * head_tiles, dim + 8
     for warps in (8, 4, 2, 1):
-        ring = warps * DECODE_STAGES * DECODE_TILE * (2 * (dim if dim % 64 == 0 else stride) * 2 + 4)
+        ring = warps * DECODE_STAGES * DECODE_TILE * 2 * (dim if dim % 64 == 0 else stride) * 2
         queries = warps * (shape.parts * rows * stride * 2 + rows * 8) + rows * dim * 4
-        smem = ring + queries + DECODE_TILE * dim * 8 + dim * 8
+        tables = dim * 8 if shape.float32_angles else DECODE_TILE * dim * 8 + dim * 4
+        smem = ring + queries + tables
         if limits.blocks_a_sm(smem, 1):
             break
     macros = _macros(shape, HEAD_TILES=head_tiles, WARPS=warps, WINDOW=shape.windowed and 1,

@@ -15,6 +15,7 @@ from .launch import Launch
 
 # cuda.h (CUDA 12 and 13): CUlaunchConfig, CUlaunchAttribute and one attribute's id.
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
 OVERLAPPING_CAPABILITY = 90
 
 
@@ -80,6 +81,8 @@ class Launcher:
         stream : cupy.cuda.Stream
             Where to.
         """
+        from cupy.cuda import runtime
+
         launch, cuda_launch, function = self._launch, self._cuda_launch, self._function
         config = _Config(
             (launch.grid, 1, 1), (launch.threads, 1, 1), launch.smem_bytes, stream.ptr, ctypes.pointer(self._attribute),
@@ -89,6 +92,9 @@ class Launcher:
 
         def run() -> None:
             status = cuda_launch(where, function, parameters, None)
+            if status == _INVALID_CONTEXT:  # the first that this thread has to do with CUDA
+                runtime.setDevice(runtime.getDevice())
+                status = cuda_launch(where, function, parameters, None)
             if status:
                 raise DeviceError(
                     f"{launch.name} could not be launched (CUDA driver error {status}; grid {launch.grid}, block "

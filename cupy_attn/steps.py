@@ -63,6 +63,6 @@ class Step:
     def launch(self, x: int, residual: int, y: int) -> None:
         """Append one token to every sequence; arguments are addresses, 0 for no residual."""
         self._addresses[:] = [x, residual, y]
+        self._room -= 1
         for run in self._launches:
             run()
-        self._room -= 1

@@ -54,13 +54,15 @@ __device__ __forceinline__ unsigned further_address(unsigned address, int piece)
 
 struct alignas(16) Shared {
     Tile ring[WARPS][STAGES];
+#ifdef FLOAT32_ANGLES
+    float k_norm[HEAD_DIM];
+#else
     float4 turn[TILE * PAIRS];                 // w_low cos, w_high sin, w_high cos, w_low sin of offset and pair
+#endif
     __half q[WARPS][PARTS][ROWS * STRIDE];     // q' for a warp's tile
     float q_norm[ROWS * HEAD_DIM];             // normalised queries, not rotated
-    float k_norm[HEAD_DIM];                    // where angles are those of float32: then there is no table
     uint2 frequency[PAIRS];
     float2 found[WARPS][ROWS];                 // of a warp's tiles: what scores are relative to, sum of weights
-    int positions[WARPS][STAGES][TILE];
 };
 
 // Where the factors of (offset, pair) lie: two keys next to each other take a thread's two pairs in opposite order.
@@ -148,9 +150,6 @@ attend_decode(const __grid_constant__ Call call)
     const auto copy = [&](const Cursor& to, int stage, bool is_v) {
         STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
         const STORAGE* const source = is_v ? call.v_cache + (to.k - call.k_cache) : to.k;
-        if (!is_v && lane < TILE && to.slot + lane < to.past)  // no zeros where `append` will write
-            copy4_async(&shared.positions[warp][stage][lane],
-                        call.cached_positions + static_cast<long long>(to.b) * call.capacity + to.slot + lane);
         if (32 % PIECES == 0 && to.slot + TILE <= to.past) {  // a whole tile
             constexpr int ROWS_AT_ONCE = 32 / PIECES > 0 ? 32 / PIECES : 1;
             const unsigned first = shared_address(target + place_of(lane / PIECES, lane % PIECES));
@@ -172,6 +171,11 @@ attend_decode(const __grid_constant__ Call call)
             }
         }
     };
+    // The position of this lane's key of a tile, past L1. It is not needed before the tile is, one or two tiles later.
+    const auto position_of = [&](const Cursor& to) {
+        const int slot = to.slot + lane % TILE;
+        return slot < to.past ? __ldcg(call.cached_positions + static_cast<long long>(to.b) * call.capacity + slot) : 0;
+    };
     // Append the new token, if it belongs to the tile, to the cache and to the tile.
     const auto append = [&](const Cursor& to, int stage, bool is_v) {
         if (to.past - to.slot >= TILE) return;
@@ -190,7 +194,6 @@ attend_decode(const __grid_constant__ Call call)
             store8(target + place_of(row, piece), values);
             if (keep) store8(cached + piece * 8, values);
         }
-        if (lane == 0) shared.positions[warp][stage][row] = position;
     };
     Cursor ahead = at;
     bool more = true;
@@ -199,7 +202,7 @@ attend_decode(const __grid_constant__ Call call)
     };
 
     // Fill the ring; the second time, with the new tokens that come from the kernel before this one.
-    int new_at = 0;
+    int new_at = 0, next_position = 0, later_position = 0;  // positions of the keys of the next tile and the one after
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
         ahead = at, more = true;
@@ -213,6 +216,7 @@ attend_decode(const __grid_constant__ Call call)
                 if (more && pass == 1) append(ahead, i, is_v);
                 if (pass == 0) copies_commit();
             }
+            if (pass == 0) next_position = later_position, later_position = more ? position_of(ahead) : 0;
             if (more) go_on(ahead);
         }
         if (pass == 0) {
@@ -303,6 +307,7 @@ attend_decode(const __grid_constant__ Call call)
 #pragma unroll 1
                 for (int is_v = is_k_ahead; is_v < 2; ++is_v) {
                     if (more) copy(ahead, stage ^ 1, is_v), append(ahead, stage ^ 1, is_v);
+                    if (more && !is_v) later_position = position_of(ahead);
                     copies_commit();
                 }
                 is_k_ahead = false;
@@ -313,10 +318,11 @@ attend_decode(const __grid_constant__ Call call)
             __syncwarp();
             const STORAGE* const k_smem = shared.ring[warp][stage].k;
             const STORAGE* const v_smem = shared.ring[warp][stage].v;
-            const int* const key_positions = shared.positions[warp][stage];
             const int last = min(TILE - 1, at.past - at.slot);  // key
-            const int first_position = key_positions[0], last_position = key_positions[last];
-            const int own_position = key_positions[lane % TILE];
+            const int own_position = at.slot + lane % TILE == at.past ? new_at : next_position;
+            next_position = later_position;
+            const int first_position = __shfl_sync(0xffffffffu, own_position, 0);
+            const int last_position = __shfl_sync(0xffffffffu, own_position, last);
 
             // 16 keys: [step][2 n + half] has dims 2 (l % 4) + {0, 1} of a block of that half, of key 8 n + l / 4.
             const int key_row = lane / 16 * 8 + lane % 8, k_half = lane / 8 % 2;
@@ -343,7 +349,7 @@ attend_decode(const __grid_constant__ Call call)
                 const float own = (odd ? squares[n][0][1] : squares[n][0][0]) + (odd ? squares[n][1][3] : squares[n][1][2]);
                 rstd[n] = __shfl_sync(0xffffffffu, own, lane & 28 | lane / 8);
                 rstd[n] = rsqrtf(rstd[n] * (1.0f / HEAD_DIM) + call.eps);
-                offsets[n] = key_positions[n * 8 + lane / 4];
+                offsets[n] = __shfl_sync(0xffffffffu, own_position, n * 8 + lane / 4);
             }
 #ifdef WINDOW
             const int seen_from = new_at - call.window + 1;
@@ -366,7 +372,10 @@ attend_decode(const __grid_constant__ Call call)
                 rotate_queries(new_at - base);
                 __syncwarp();
                 if (at.slot + WARPS * TILE < at.end && !is_k_ahead) {  // the last tile makes room for what the warp found
-                    if (more) copy(ahead, stage, false), append(ahead, stage, false);
+                    if (more) {
+                        copy(ahead, stage, false), append(ahead, stage, false);
+                        later_position = position_of(ahead);
+                    }
                     copies_commit();
                     is_k_ahead = true;
                 }
@@ -555,7 +564,10 @@ attend_decode(const __grid_constant__ Call call)
 #pragma unroll 1
             for (int w = 0; w < WARPS; ++w) {
                 const float2 found = shared.found[w][r];
-                if (found.x == MINUS_INFINITY) continue;  // there are no sums
+                if (found.x == MINUS_INFINITY) {  // no key was seen, or all were NaN: there are no weighted v
+                    sum += found.y;
+                    continue;
+                }
                 const float weight = exp2f(found.x - largest);
                 const Tile* tile = &shared.ring[w][found.y < 0.0f ? 1 : 0];
                 value += weight * reinterpret_cast<const float*>(tile)[sum_index(r, d)];

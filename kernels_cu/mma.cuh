@@ -24,10 +24,6 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global, b
     copy16_async(shared_address(shared), global, valid);
 }
 
-__device__ __forceinline__ void copy4_async(void* shared, const void* global) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(shared)), "l"(global) : "memory");
-}
-
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Wait until at most PENDING of the committed groups are under way.

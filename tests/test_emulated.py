@@ -130,6 +130,16 @@ def test_decode_where_positions_have_gaps(gpu):
     call(layer, cache, 1, seed=2)
 
 
+@pytest.mark.parametrize("length", [40, 600])
+def test_nan_in_the_cache_spreads(gpu, length):
+    """All keys that a warp meets: it must not take them for keys it may not see."""
+    layer = make_layer(config_of(2, 1, 16, 24), "float16", TAME)
+    for first, count in ((0, 16), (16, 16), (0, length), (length - 1, 1)):
+        cache = filled_cache(layer, [length], length + 1)
+        cache.k_heads[0, :, first : first + count] = np.nan
+        assert np.isnan(layer(make_hidden(layer.config, 1, 1, dtype="float16"), cache)).all()
+
+
 def test_decode_with_the_angles_of_transformers(gpu):
     layer = make_layer(config_of(*SHAPES[0]), "float16", TAME, angles="float32")
     cache = filled_cache(layer, [200], 201)

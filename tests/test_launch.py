@@ -41,11 +41,22 @@ def test_the_struct_of_a_call_is_the_same_on_both_sides(tmp_path, monkeypatch):
     assert kernels.compile_for("sm_90a", "same", macros).cubin
 
 
-@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_decode_fits_every_gpu(name, gpu):
+    config = CONFIGS[name]
+    for precise, float32_angles in itertools.product((False, True), repeat=2):
+        shape = launch.Shape("float16", config.head_dim, precise, windowed=False, float32_angles=float32_angles)
+        one = launch.attend_decode(config, shape, GPUS[gpu])
+        assert one.smem_bytes + launch.STATIC_SMEM <= GPUS[gpu].block_smem
+        assert one.grid == GPUS[gpu].num_sms
+
+
+@pytest.mark.parametrize(("precise", "float32_angles"), [(False, False), (True, False), (True, True)])
 @pytest.mark.parametrize("name", ["0.6B", "G 20, D 256", "G 1, D 80", "G 5, D 192"])
-def test_shared_memory_of_decode_is_what_the_kernel_takes(tmp_path, monkeypatch, name, precise):
+def test_shared_memory_of_decode_is_what_the_kernel_takes(tmp_path, monkeypatch, name, precise, float32_angles):
     pytest.importorskip("cupy")
-    shape = launch.Shape("float16", CONFIGS[name].head_dim, precise, windowed=False, float32_angles=False)
+    shape = launch.Shape("float16", CONFIGS[name].head_dim, precise, windowed=False, float32_angles=float32_angles)
     one = launch.attend_decode(CONFIGS[name], shape, cuda.H200)
     for file in kernels.SOURCES.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())

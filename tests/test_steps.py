@@ -119,6 +119,44 @@ def test_a_cache_that_was_changed_by_hand_is_looked_at_again(planned, change):
     assert cache.positions[:, : int(cache.lengths[0])].tolist() == other.positions[:, : int(cache.lengths[0])].tolist()
 
 
+def test_every_way_to_look_at_a_cache_knows_its_steps(planned):
+    layer, xs = make_layer(), tokens(4)
+    looks = {
+        "next_positions": lambda cache: cache.next_positions().tolist() == [4],
+        "key_positions": lambda cache: cache.key_positions(0).tolist() == [0, 1, 2, 3],
+        "check_room": lambda cache: cache.check_room(np.array([16])) is None,
+        "lengths": lambda cache: cache.lengths.tolist() == [4],
+        "positions": lambda cache: cache.positions[0, :4].tolist() == [0, 1, 2, 3],
+        "state": lambda cache: cache.state()["lengths"].tolist() == [4],
+        "repr": lambda cache: "lengths=[4]" in repr(cache),
+    }
+    for name, look in looks.items():
+        cache = layer.new_cache(1, 20)
+        for x in xs:
+            layer(x, cache)
+        assert look(cache), name
+    cache = layer.new_cache(1, 20)
+    for x in xs:
+        layer(x, cache)
+    with pytest.raises(ca.CacheError, match="cannot take 4 \\+ 17 tokens"):
+        cache.check_room(np.array([17]))
+
+
+def test_an_interrupted_step_is_not_repeated(planned, monkeypatch):
+    layer, xs = make_layer(), tokens(3)
+    cache = layer.new_cache(1, 12)
+    layer(xs[0], cache)
+
+    def interrupt():
+        raise KeyboardInterrupt
+
+    cache.step._launches.append(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        layer(xs[1], cache)
+    assert cache.step is None
+    assert cache.lengths.tolist() == [1]
+
+
 def test_steps_end_with_the_cache_and_with_the_model(planned):
     layer, xs = make_layer(), tokens(6)
     cache = layer.new_cache(1, 5)
