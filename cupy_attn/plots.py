@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from .verify import Verification
 BLUE, ORANGE, RED = "tab:blue", "tab:orange", "tab:red"
 STAGE_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "0.5")
 FLOOR = "floor"  # label of the least time possible
+LETTERS_PER_INCH = 14  # of the small print, on average with some to spare
 MOST_INCHES = 500  # of a figure's height: Agg draws up to 65535 pixels
 LARGE_MARKS = 64  # tokens up to which the points of a curve are large
 
@@ -43,13 +45,14 @@ def check_plot(path: Path) -> None:
 
 
 def _new_figure(width: float, height: float, caption: str) -> Any:
-    """Return an empty figure of some inches with a line of small print below."""
+    """Return an empty figure of some inches with small print below, in lines no longer than the figure is wide."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    figure.supxlabel(caption, fontsize="small")
+    lines = [textwrap.fill(line, int(width * LETTERS_PER_INCH)) for line in caption.splitlines()]
+    figure.supxlabel("\n".join(lines), fontsize="small")
     return figure
 
 
