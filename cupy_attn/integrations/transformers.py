@@ -5,7 +5,7 @@
 >>> model.generate(**inputs, max_new_tokens=64)  # doctest: +SKIP
 >>> unpatch(model)  # doctest: +SKIP
 
-Hidden states pass by DLPack, without a copy, on PyTorch's current stream; keys and values lie in a
+Hidden states pass without a copy, on PyTorch's current stream; keys and values lie in a
 :class:`~cupy_attn.KVCache`, before normalisation, inside the cache object that transformers hands around. Needs the hf
 extra.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ..arrays import STORAGE_DTYPES
+from ..arrays import STORAGE_DTYPES, storage_dtype
 from ..cache import KVCache
 from ..config import AttentionConfig
 from ..errors import CacheError, InputError
@@ -129,8 +129,9 @@ class _Patch:
             step.prepare(hidden_states, position_ids, None if entry is None else entry.cache)
             x = step.align(hidden_states.contiguous())
             y = torch.empty_like(x)
-            layer(x, None if entry is None else entry.cache, positions=step.positions, num_tokens=step.num_tokens,
-                  residual=x, out=y)  # fmt: skip
+            array, out = _on_gpu(x), _on_gpu(y)
+            layer(array, None if entry is None else entry.cache, positions=step.positions,
+                  num_tokens=step.num_tokens, residual=array, out=out)  # fmt: skip
             hidden_states = step.scatter(y, hidden_states)
             if entry is not None:
                 entry.seen += x.shape[1]
@@ -174,6 +175,24 @@ def _attention(decoder: Any, config: AttentionConfig, index: int) -> Attention:
         return Attention(config, weights, dtype, first.device.type)
 
 
+def _on_gpu(tensor: torch.Tensor) -> Any:
+    """Return a contiguous tensor on a GPU as a CuPy array of the same memory, any other as it is.
+
+    What DLPack does, without a capsule and its checks: at batch 1 a patched layer is bound by the host.
+    """
+    if not tensor.is_cuda:
+        return tensor
+    import cupy
+
+    memory = cupy.cuda.UnownedMemory(tensor.data_ptr(), tensor.nbytes, tensor, tensor.device.index)
+    return cupy.ndarray(tuple(tensor.shape), _numpy_dtype(tensor.dtype), cupy.cuda.MemoryPointer(memory, 0))
+
+
+@functools.cache
+def _numpy_dtype(dtype: torch.dtype) -> np.dtype[Any]:
+    return storage_dtype(dtype)
+
+
 @contextlib.contextmanager
 def _current_stream(tensor: torch.Tensor) -> Iterator[None]:
     """Make PyTorch's current stream CuPy's, on the tensor's GPU."""
@@ -182,19 +201,27 @@ def _current_stream(tensor: torch.Tensor) -> Iterator[None]:
         return
     import cupy
 
-    stream = _Stream(torch.cuda.current_stream(tensor.device))
-    with cupy.cuda.Device(tensor.device.index), cupy.cuda.Stream.from_external(stream):
+    index = tensor.device.index
+    with cupy.cuda.Device(index), _stream(torch.cuda.current_stream(index).cuda_stream, index):
         yield
 
 
-class _Stream:
-    """A PyTorch stream by the CUDA stream protocol, which older versions lack."""
+@functools.lru_cache(maxsize=64)  # PyTorch has a few tens of streams a GPU, and reuses them
+def _stream(handle: int, device: int) -> Any:
+    """Return a PyTorch stream as CuPy's."""
+    import cupy
 
-    def __init__(self, stream: torch.cuda.Stream) -> None:
-        self._stream = stream
+    return cupy.cuda.Stream.from_external(_Stream(handle))
+
+
+class _Stream:
+    """A stream by the CUDA stream protocol, which PyTorch's lack in older versions."""
+
+    def __init__(self, handle: int) -> None:
+        self._handle = handle
 
     def __cuda_stream__(self) -> tuple[int, int]:
-        return 0, self._stream.cuda_stream
+        return 0, self._handle
 
 
 class _Step:
