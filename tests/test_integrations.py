@@ -161,6 +161,11 @@ def test_what_cannot_be_patched_is_said():
     patch(model)
     with pytest.raises(ca.InputError, match="is patched already; unpatch it first"):
         patch(model)
+    unpatch(model)
+    for capacity in (0, -1, 1.5, "8", True, 257):
+        with pytest.raises(ca.InputError, match=f"capacity is {capacity!r}; it must be an integer from 1 to 256, the"):
+            patch(model, capacity=capacity)
+    patch(model, capacity=256)
     with pytest.raises(ca.InputError, match="the model's dtype is float64; convert it to one of float16"):
         patch(make_model(dtype=torch.float64))
 
@@ -175,6 +180,10 @@ def test_what_a_patched_model_cannot_do_is_said():
         logits(model, ids, past_key_values=used)
     with pytest.raises(ca.CacheError, match=r"the cache holds a Static\w+; use a DynamicCache"):
         logits(model, ids, past_key_values=static)
+    with pytest.raises(ca.CacheError, match=r"the cache holds a Static\w+; use a DynamicCache"):
+        generate(model, ids, cache_implementation="static")
+    with pytest.raises(ca.CacheError, match="past_key_values is a tuple; pass a DynamicCache, or none"):
+        logits(model, ids, past_key_values=())
     with pytest.raises(ca.InputError, match="gradients are on; call a patched model under"):
         model(ids)
     with pytest.raises(ca.InputError, match=r"attention_mask is \[1, 1, 8, 8\]; a patched model takes zeros and ones"):
@@ -185,12 +194,44 @@ def test_what_a_patched_model_cannot_do_is_said():
         logits(model, ids, output_attentions=True)
     with pytest.raises(ca.CacheError, match="beam search, assisted generation and offloading rearrange a cache"):
         generate(model, ids, num_beams=2)
-    with pytest.raises(ca.CacheError, match=r"capacity 16 cannot take 16 \+ 1 tokens"):
+    with pytest.raises(
+        ca.CacheError, match="17 tokens does not fit capacity 16; unpatch, then patch the model with capac"
+    ):
         generate(model, ids)
+    with pytest.raises(ca.InputError, match="the model's positions are 0 to 255"):  # no capacity would help
+        logits(model, torch.zeros(1, 257, dtype=torch.long))
     cache = transformers.DynamicCache(config=model.config)
     logits(model, ids[:, :4], past_key_values=cache)
     with pytest.raises(ca.InputError, match="shows 3 earlier tokens of sequence 0, its cache holds 4; show all"):
         logits(model, ids[:, 4:5], torch.tensor([[0, 1, 1, 1, 1]]), past_key_values=cache)
+
+
+def test_a_cache_of_another_batch_and_one_given_back_are_refused():
+    model, ids = make_model(), torch.tensor([PROMPTS[0]] * 2)
+    patch(model, capacity=32)
+    cache = transformers.DynamicCache(config=model.config)
+    logits(model, ids, past_key_values=cache)
+    for mask in (None, torch.ones(3, 16)):
+        with pytest.raises(
+            ca.CacheError, match="the cache is of batch 2, the call of batch 3; start with an empty one"
+        ):
+            logits(model, ids[:1].repeat(3, 1), mask, past_key_values=cache)
+    unpatch(model)
+    with pytest.raises(ca.CacheError, match="a patched model filled this cache, which one that is not patched cannot"):
+        logits(model, ids, past_key_values=cache)
+
+
+def test_a_model_converted_after_it_was_patched_is_patched_again():
+    model, ids = make_model(), torch.tensor([PROMPTS[0]])
+    patch(model)
+    model.to(torch.bfloat16)
+    with pytest.raises(
+        ca.InputError, match="is bfloat16 on cpu and was patched as float32 on cpu; unpatch it and patch"
+    ):
+        logits(model, ids)
+    unpatch(model)
+    patch(model)
+    assert logits(model, ids).dtype == torch.bfloat16
 
 
 def test_the_package_does_not_import_torch():

@@ -35,6 +35,7 @@ except ImportError as error:
     ) from None
 
 DECODER_LAYERS = ("Qwen3DecoderLayer", "Qwen3MoeDecoderLayer")
+CACHE_LAYERS = ("DynamicLayer", "DynamicSlidingWindowLayer")
 PATCH = "_cupy_attn_patch"  # attribute of a patched base model
 CAPACITY = 4096  # tokens, by default
 
@@ -57,14 +58,17 @@ def patch(model: Any, *, capacity: int | None = None) -> None:
     Raises
     ------
     InputError
-        Not such a model, or it is patched already.
+        Not such a model, it is patched already, or capacity is not an integer from 1 to the model's positions.
     """
     base = _base(model)
     if hasattr(base, PATCH):
         raise InputError("the model is patched already; unpatch it first to change the capacity.")
     config = AttentionConfig.from_dict(base.config.to_dict())
-    capacity = min(CAPACITY, config.max_position) if capacity is None else capacity
-    setattr(base, PATCH, _Patch(base, config, capacity))
+    most = config.max_position
+    capacity = min(CAPACITY, most) if capacity is None else capacity
+    if isinstance(capacity, bool) or not isinstance(capacity, int | np.integer) or not 1 <= capacity <= most:
+        raise InputError(f"capacity is {capacity!r}; it must be an integer from 1 to {most}, the model's positions.")
+    setattr(base, PATCH, _Patch(base, config, int(capacity)))
 
 
 def unpatch(model: Any) -> None:
@@ -111,6 +115,9 @@ class _Patch:
             del decoder.forward
 
     def _begin(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        for cache in args[3:4] or (kwargs.get("cache"), kwargs.get("past_key_values")):
+            if cache is not None:  # before the mask, which transformers makes to fit the cache
+                _check_kind(cache)
         self._step = _Step(args[1] if len(args) > 1 else kwargs.get("attention_mask"))
 
     def _forward(
@@ -126,7 +133,7 @@ class _Patch:
         with _current_stream(hidden_states):
             entry = None if past_key_values is None else self._entry(past_key_values, layer, len(hidden_states))
             step = self._step
-            step.prepare(hidden_states, position_ids, None if entry is None else entry.cache)
+            step.prepare(layer, hidden_states, position_ids, None if entry is None else entry.cache)
             x = step.align(hidden_states.contiguous())
             y = torch.empty_like(x)
             array, out = _on_gpu(x), _on_gpu(y)
@@ -140,16 +147,12 @@ class _Patch:
 
     def _entry(self, cache: Any, layer: Attention, batch: int) -> _CacheLayer:
         """Return our layer of a cache, put there when it is empty."""
-        entries = getattr(cache, "layers", None)
-        if entries is None:
-            raise CacheError(f"past_key_values is a {type(cache).__name__}; pass a DynamicCache, or none.")
+        entries = cache.layers
         if len(entries) == layer.layer:  # a cache made without a config grows layer by layer
             entries.append(_CacheLayer(layer.new_cache(batch, self.capacity)))
         entry = entries[layer.layer]
         if isinstance(entry, _CacheLayer):
             return entry
-        if type(entry).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
-            raise CacheError(f"the cache holds a {type(entry).__name__}; use a DynamicCache with a patched model.")
         if entry.get_seq_length() > 0:
             count = entry.get_seq_length()
             raise CacheError(
@@ -157,6 +160,16 @@ class _Patch:
             )
         entries[layer.layer] = _CacheLayer(layer.new_cache(batch, self.capacity))
         return entries[layer.layer]
+
+
+def _check_kind(cache: Any) -> None:
+    """Raise CacheError unless a cache is one whose layers can be replaced by ours, or were."""
+    entries = getattr(cache, "layers", None)
+    if entries is None:
+        raise CacheError(f"past_key_values is a {type(cache).__name__}; pass a DynamicCache, or none.")
+    for entry in entries:
+        if not isinstance(entry, _CacheLayer) and type(entry).__name__ not in CACHE_LAYERS:
+            raise CacheError(f"the cache holds a {type(entry).__name__}; use a DynamicCache with a patched model.")
 
 
 def _attention(decoder: Any, config: AttentionConfig, index: int) -> Attention:
@@ -245,11 +258,19 @@ class _Step:
         self.positions: np.ndarray | None = None
         self.num_tokens: np.ndarray | None = None
 
-    def prepare(self, hidden_states: Any, position_ids: Any, cache: KVCache | None) -> None:
+    def prepare(self, layer: Attention, hidden_states: Any, position_ids: Any, cache: KVCache | None) -> None:
         """Work out columns and positions; all layers of a call share them."""
         if self._ready:
             return
         batch, seq = hidden_states.shape[:2]
+        here = f"{hidden_states.dtype} on {hidden_states.device.type}".removeprefix("torch.")
+        there = f"{layer.dtype} on {layer.device}"
+        if here != there:
+            raise InputError(f"the model is {here} and was patched as {there}; unpatch it and patch it again.")
+        if cache is not None and cache.batch != batch:
+            raise CacheError(
+                f"the cache is of batch {cache.batch}, the call of batch {batch}; start with an empty one."
+            )
         cached = np.zeros(batch, np.int64) if cache is None else cache.lengths
         positions = None if position_ids is None else np.broadcast_to(position_ids.cpu().numpy(), (batch, seq))
         if self._mask is not None:
@@ -276,6 +297,13 @@ class _Step:
                 same |= np.arange(seq) >= self.num_tokens[:, None]
             if not same.all():
                 self.positions = np.ascontiguousarray(positions)
+        if cache is not None:
+            most = int((cached + (seq if self.num_tokens is None else self.num_tokens)).max())
+            if cache.capacity < most <= cache.config.max_position:  # past the positions no capacity would help
+                raise CacheError(
+                    f"a sequence of {most} tokens does not fit capacity {cache.capacity}; unpatch, then patch the "
+                    f"model with capacity >= {most} and start with an empty cache."
+                )
         self._ready = True
 
     def align(self, hidden_states: Any) -> Any:
@@ -329,5 +357,10 @@ class _CacheLayer(CacheLayerMixin):
             "allow; use greedy search or sampling, or unpatch the model."
         )
 
-    lazy_initialization = update = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _refuse
+    def update(self, *args: Any, **kwargs: Any) -> Any:
+        """Refuse what only a model's own attention asks for."""
+        raise CacheError("a patched model filled this cache, which one that is not patched cannot read; start with an "
+                         "empty one.")  # fmt: skip
+
+    lazy_initialization = reorder_cache = crop = batch_repeat_interleave = batch_select_indices = _refuse
     offload = prefetch = _refuse
