@@ -8,7 +8,9 @@ import sys
 import types
 
 import bench_peers
+import bench_stack
 import click
+import gpu_report
 import numpy as np
 import pytest
 import stacks
@@ -158,6 +160,16 @@ def test_the_table_says_what_is_there_and_what_is_not(measured):
     ]
 
 
+def test_rows_are_sorted_by_kind_model_batch_and_tokens(measured):
+    row = measured(ours=FakeStack(10.0))
+    cases = [("prefill", "0.6B", 1, 8), ("decode", "235B-A22B", 1, 8), ("decode", "8B", 2, 4), ("decode", "8B", 1, 16),
+             ("decode", "8B", 1, 8), ("decode", "0.6B", 1, 8)]  # fmt: skip
+    rows = [row | dict(zip(("kind", "model", "batch", "tokens"), case, strict=True)) for case in cases]
+    shown = [line.split(" | ")[0][2:] for line in markdown(report_of(rows)).splitlines()[4:10]]
+    assert shown == ["decode: 0.6B, 1, 8", "decode: 8B, 1, 8", "decode: 8B, 1, 16", "decode: 8B, 2, 4",
+                     "decode: 235B-A22B, 1, 8", "prefill: 0.6B, 1, 8"]  # fmt: skip
+
+
 def run_main(*args, status=0):
     result = CliRunner().invoke(bench_peers.main, [str(a) for a in args])
     assert result.exit_code == status, result.output
@@ -172,10 +184,47 @@ def test_an_earlier_run_is_printed_and_drawn(measured, tmp_path):
     printed = run_main("--from", tmp_path / "run.json", "--plot", tmp_path / "run.png").stdout
     assert printed.count("\n| decode: 0.6B") == 3
     assert (tmp_path / "run.png").read_bytes().startswith(b"\x89PNG")
+    assert printed.splitlines()[-2:] == [f"Wrote {tmp_path / 'run.png'}.",
+                                         "Not drawn, having one length only: decode 0.6B:8:1024."]  # fmt: skip
+    (tmp_path / "run.json").write_text(json.dumps(report_of([row])))
+    alone = run_main("--from", tmp_path / "run.json", "--plot", tmp_path / "run.png").stdout
+    assert alone.endswith(f"Wrote {tmp_path / 'run.png'}.\n")
     assert "does not end in .png" in run_main("--plot", "run.pdf", status=1).stderr
     wrong = row | {"missing": {"fa3": "not our work: what it adds is off by 1 (relative L2)"}}
     (tmp_path / "run.json").write_text(json.dumps(report_of([wrong])))
     run_main("--from", tmp_path / "run.json", status=1)
+
+
+@pytest.mark.parametrize(
+    ("held", "says"),
+    [(b'{"rows": []}', "it lacks machine, version, dtype"), (b"3", "not iterable"), (b"{", "Expecting property name"),
+     (b"\x89PNG\xff", "can't decode byte 0x89")],
+)  # fmt: skip
+def test_another_file_is_no_earlier_run(tmp_path, held, says):
+    (tmp_path / "run.json").write_bytes(held)
+    said = run_main("--from", tmp_path / "run.json", status=1).stderr
+    assert said.startswith(f"Error: {tmp_path / 'run.json'} is no report of this tool (")
+    assert says in said
+    assert said.endswith("); name a file that --json wrote.\n")
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "said"),
+    [("no CUDA GPU is visible; use device='cpu' or check CUDA_VISIBLE_DEVICES.",
+      "no CUDA GPU is visible; check CUDA_VISIBLE_DEVICES."),
+     ("the GPU has compute capability 7.5, the kernels need 8.0; use device='cpu'.",
+      "the GPU has compute capability 7.5, the kernels need 8.0; run this on a newer one.")],
+)  # fmt: skip
+@pytest.mark.parametrize(
+    ("tool", "options"),
+    [(bench_peers, []), (bench_stack, []), (bench_stack, ["--profile", "0.6B:1:8", "--decode"]), (gpu_report, []),
+     (gpu_report, ["--small"])],
+)  # fmt: skip
+def test_without_a_gpu_a_tool_says_so_in_one_sentence(monkeypatch, tool, options, problem, said):
+    monkeypatch.setattr(stacks.cuda, "problem", lambda: problem)
+    result = CliRunner().invoke(tool.main, options)
+    assert (result.exit_code, result.output) == (1, f"Error: {said}\n")
 
 
 def test_a_run_that_dies_leaves_what_it_had(monkeypatch, tmp_path):

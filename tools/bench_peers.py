@@ -32,6 +32,7 @@ from stacks import (
     Stack,
     ceilings,
     check_drawing,
+    check_gpu,
     draw_rows,
     machine,
     stack_names,
@@ -41,6 +42,7 @@ from stacks import (
 
 import cupy_attn as ca
 from cupy_attn.arrays import storage_dtype
+from cupy_attn.bench import MODELS
 from cupy_attn.io import write_whole
 
 CASES = {
@@ -59,6 +61,8 @@ COMPARED_TOKENS = 1024  # of each sequence, at most
 # Relative L2 between what two stacks add to the hidden states. At 32,768 tokens they add a hundredth of them, and each
 # layer rounds the sum: PyTorch's layer on the CPU is off by 0.006 and 0.06 then. Another attention would be by 1.
 SAME_WORK = {"bfloat16": 0.2, "float16": 0.05}
+
+REPORT_KEYS = ("machine", "version", "dtype", "versions", "missing", "ceilings", "rows", "left_out")
 
 Builder = Callable[[Case, str, int], Stack]
 
@@ -161,9 +165,14 @@ def run_cases(
     keep()
 
 
+def row_order(row: Mapping[str, Any]) -> tuple[str, int, int, int]:
+    """Return what sorts rows by kind, model as published, batch and tokens."""
+    return row["kind"], list(MODELS).index(row["model"]), row["batch"], row["tokens"]
+
+
 def markdown(report: Mapping[str, Any]) -> str:
     """Return a report as one table, with versions above it and what is missing below."""
-    info, limits, rows = report["machine"], report["ceilings"], report["rows"]
+    info, limits, rows = report["machine"], report["ceilings"], sorted(report["rows"], key=row_order)
     shown = {name: label for name, label in LABELS.items() if any(f"{name}_us" in row for row in rows)}
     head = ("kind: model, batch, tokens", "ours us", *(f"{label} us" for label in shown.values()), "best peer / ours",
             "floor us")  # fmt: skip
@@ -215,16 +224,30 @@ def main(
     """Time peers beside our layer; exit status 1 if one of them did other work than ours."""
     if plot:
         check_drawing(plot)
-    report = (
-        json.loads(earlier.read_text())
-        if earlier
-        else timed_report(chosen_cases(kind, texts), dtype, budget, json_file)
-    )
+    if earlier:
+        report = earlier_report(earlier)
+    else:
+        cases = chosen_cases(kind, texts)
+        check_gpu()
+        report = timed_report(cases, dtype, budget, json_file)
     click.echo(markdown(report))
     if plot and report["rows"]:
         draw_rows(report, LABELS, plot)
     if any("not our work" in why for row in report["rows"] for why in row["missing"].values()):
         raise SystemExit(1)
+
+
+def earlier_report(path: Path) -> dict[str, Any]:
+    """Return the report that a file holds, or end with a sentence if it holds none of this tool's."""
+    try:
+        report = json.loads(path.read_text())
+        missing = [name for name in REPORT_KEYS if name not in report]
+        fault = f"it lacks {', '.join(missing)}" if missing else None
+    except (OSError, ValueError, TypeError) as error:  # a folder, no JSON or no text, a number
+        fault = str(error)
+    if fault:
+        raise click.ClickException(f"{path} is no report of this tool ({fault}); name a file that --json wrote.")
+    return dict(report)
 
 
 def timed_report(cases: Sequence[Case], dtype: str, budget_s: float, json_file: Path | None) -> dict[str, Any]:

@@ -32,6 +32,7 @@ from stacks import (
     Case,
     ceilings,
     check_drawing,
+    check_gpu,
     draw_rows,
     machine,
     stack_names,
@@ -208,6 +209,7 @@ def main(
         for kind in ([kinds] if kinds else defaults)
         for text in ((profiled,) if profiled else cases or defaults[kind])
     ]
+    check_gpu()
     if profiled:
         with cupy.cuda.Stream(non_blocking=True):
             profile(wanted[0], dtype, what, layers or wanted[0].layers)

@@ -612,6 +612,7 @@ def chosen_steps(context: click.Context, parameter: click.Parameter, text: str |
 @click.option("--to", type=click.Path(path_type=Path), hidden=True)
 def main(out: Path, steps: list[str], small: bool, step: str | None, to: Path | None) -> None:
     """Make the report; exit status 1 if a test, a sanitizer, a bar or a self-test failed."""
+    bench_stack.check_gpu()
     if small:
         small_case()
         return

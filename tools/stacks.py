@@ -26,6 +26,7 @@ from cupy_ops import CupyLayer
 from separate_ops import Cublas, SeparateLayer
 
 import cupy_attn as ca
+from cupy_attn import cuda
 from cupy_attn.arrays import storage_dtype
 from cupy_attn.bench import MODELS, model_config, random_layer
 from cupy_attn.errors import FileError
@@ -284,7 +285,7 @@ def check_drawing(path: Path) -> None:
 def draw_rows(report: Mapping[str, Any], labels: Mapping[str, str], path: Path) -> None:
     """Draw the rows of a report over their tokens: a panel for each kind, model and batch with several lengths.
 
-    Where no case has a second length, every case is drawn.
+    Where no case has a second length, every case is drawn. Says which are not.
     """
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in report["rows"]:
@@ -304,6 +305,14 @@ def draw_rows(report: Mapping[str, Any], labels: Mapping[str, str], path: Path) 
                f"{info['cupy']}, cupy_attn {ca.__version__}\nmicroseconds a layer of a stack in a CUDA graph, medians; "
                "floor: weights and cache read, or products done, at the rates measured in the same run")  # fmt: skip
     times_plot(panels, caption, "µs a layer", path)
+    click.echo(f"Wrote {path}.")
+    left_out = [
+        f"{kind} {model}:{batch}:{rows[0]['tokens']}"
+        for (kind, model, batch), rows in groups.items()
+        if several and (kind, model, batch) not in several
+    ]
+    if left_out:
+        click.echo(f"Not drawn, having one length only: {', '.join(left_out)}.")
 
 
 def stack_names(dtype: str) -> list[str]:
@@ -385,6 +394,14 @@ def timed_row(case: Case, times: Mapping[str, list[float]], limits: Mapping[str,
     read_us, matmul_us = case.bytes_moved / limits["read_tb_s"] / 1e6, case.flop / limits["matmul_tflop_s"] / 1e6
     row["floor_us"] = read_us if case.kind == "decode" else max(read_us, matmul_us)
     return row
+
+
+def check_gpu() -> None:
+    """End with a sentence, before anything is done, if no GPU is usable."""
+    problem = cuda.problem()
+    if problem:
+        cure = problem.replace("use device='cpu' or ", "").replace("use device='cpu'", "run this on a newer one")
+        raise click.ClickException(cure)
 
 
 def machine() -> dict[str, str]:
