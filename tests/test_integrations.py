@@ -264,6 +264,20 @@ def test_the_tool_times_a_model_plain_and_patched(tmp_path, monkeypatch, dtype):
         assert line.startswith(f"| {row['batch']} | 12 | 4 | {row['plain_tokens_per_s']:.1f} | ")
 
 
+def test_the_tool_takes_no_more_than_a_models_positions(tmp_path):
+    save(make_model(), tmp_path / "model")
+    said = "are more than the model's 256 positions; take fewer."
+    result = CliRunner().invoke(patch_speed.main, [str(tmp_path / "model"), "--prompt", "250", "--new", "7"])
+    assert (result.exit_code, result.stderr) == (1, f"Error: a prompt of 250 tokens and an answer of 7 {said}\n")
+    result = CliRunner().invoke(patch_speed.main, ["--prompt", "4096"])
+    assert "more than the model's 4096 positions" in result.stderr
+    result = CliRunner().invoke(patch_speed.main, [str(tmp_path)])
+    assert (
+        result.stderr
+        == f"Error: {tmp_path / 'config.json'} does not exist; name a model folder that holds config.json.\n"
+    )
+
+
 def test_the_tool_fails_if_patching_costs_accuracy(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(patch_speed, "speeds", lambda *_: {f"{name}_{what}": 1.0 for name in ("plain", "patched")

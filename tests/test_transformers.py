@@ -13,6 +13,7 @@ import cupy_attn as ca
 from cupy_attn import io, reference
 from cupy_attn.accuracy import relative_l2
 from cupy_attn.arrays import as_array
+from cupy_attn.bench import random_layer
 from cupy_attn.verify import verify_layer
 from cupy_attn.weights import INDEX_NAME
 
@@ -288,6 +289,34 @@ def test_a_dump_holds_every_stage_as_transformers_computed_it(tmp_path, dump, ki
         assert np.abs(arrays["entropy"] - entropy).max() < {"float32": 1e-5, "bfloat16": 0.1}[dtype]  # nats
 
 
+@pytest.mark.parametrize(("layers", "indices"), [("all", (0, 1, 2, 3)), ("0,2-3", (0, 2, 3))])
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_layers_are_chosen_as_warmup_chooses_them(tmp_path, dump, layers, indices):
+    dump(make_model(), "--layers", layers, "--prompt-ids", "1 2 3", "--steps", "1")
+    assert {path.stem for path in tmp_path.glob("*.safetensors")} == {f"dump-layer{index}" for index in indices}
+
+
+def test_a_folder_that_is_missing_is_said_in_one_sentence(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent / "tools")
+    tool, folder = pytest.importorskip("dump_transformers"), tmp_path / "no" / "model"
+    result = CliRunner().invoke(tool.main, [str(folder), "--prompt-ids", "1", "--out", str(tmp_path / "d.safetensors")])
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert result.stderr.startswith(f"Error: {folder} is no folder, and transformers finds no model of that name (")
+    assert result.stderr.endswith("); name a model folder.\n")
+
+
+@pytest.mark.filterwarnings("error::FutureWarning")
+def test_the_layer_that_ours_is_timed_beside_does_its_work():
+    tool = pytest.importorskip("bench_transformers")
+    config = ca.AttentionConfig.from_dict(transformers.Qwen3Config(**SMALL).to_dict())
+    weights = random_layer(config)
+    ours, theirs, x = ca.Attention(config, weights, "float32", "cpu"), tool.Theirs(config, weights), hidden(9)
+    cache, their_cache = ours.new_cache(2, 9), theirs.new_cache()
+    for start, part in ((0, x[:, :8]), (8, x[:, 8:])):
+        expected = theirs(part, start, their_cache).numpy()
+        assert relative_l2(ours(part.numpy(), cache, residual=part.numpy()), expected) <= tool.SAME
+
+
 def test_a_dump_of_another_layer_departs_at_the_first_stage(tmp_path, dump):
     dump(make_model(), "--layers", "1", "--prompt-ids", "1 2 3", "--steps", "0")
     found = io.load_dump(tmp_path / "dump.safetensors")
@@ -300,6 +329,12 @@ def test_a_dump_of_another_layer_departs_at_the_first_stage(tmp_path, dump):
     ("options", "code", "says"),
     [
         (("--layers", "4", "--prompt-ids", "1"), 1, "layer 4 does not exist; the model has layers 0 to 3."),
+        (("--layers", "2-9", "--prompt-ids", "1"), 1, "layer 9 does not exist; the model has layers 0 to 3."),
+        (
+            ("--layers", "x", "--prompt-ids", "1"),
+            2,
+            "--layers x: give 'all', or layers and ranges of them such as 0,5-7.",
+        ),
         (("--prompt-ids", "50"), 1, "token 50 does not exist; the vocabulary has 0 to 49."),
         (("--prompt-ids", "1,x"), 2, "'1,x' is not a list of numbers"),
         (("--prompt-ids", "1", "--steps", "256"), 1, "more than the model's 256 positions"),

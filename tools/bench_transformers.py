@@ -61,9 +61,8 @@ class Theirs:
     def __call__(self, x: torch.Tensor, first: int, cache: DynamicCache | None = None) -> torch.Tensor:
         positions = torch.arange(first, first + x.shape[1])[None]
         h = self.layer.input_layernorm(x)
-        out, _ = self.layer.self_attn(
-            hidden_states=h, position_embeddings=self.rope(x, positions), attention_mask=None, past_key_values=cache
-        )
+        # The cache by its place: transformers 5.24 renamed it.
+        out, _ = self.layer.self_attn(h, self.rope(x, positions), None, cache)
         return x + out
 
 

@@ -6,7 +6,7 @@ entropy of each row of probabilities, and the projected output y, of prompt and 
 how many tokens were the prompt, and the config, dtype and versions. Row maxima, sums and entropies are of the rotated
 queries and keys as dumped, in float64. Needs the hf extra.
 
-    python tools/dump_transformers.py MODEL --layers 0,5 --prompt-ids 1,2,3 --steps 4 --out dump.safetensors
+    python tools/dump_transformers.py MODEL --layers 0,5-7 --prompt-ids 1,2,3 --steps 4 --out dump.safetensors
     cupy-attn verify MODEL dump-layer5.safetensors --layer 5
 """
 
@@ -15,6 +15,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ import transformers
 import cupy_attn as ca
 from cupy_attn import io
 from cupy_attn.arrays import as_array
+from cupy_attn.cli import _layer_ranges
 from cupy_attn.errors import CupyAttnError, FileError
 from cupy_attn.health import measure_rows
 
@@ -102,16 +104,9 @@ def record(model: Any, layers: list[int], ids: list[int], steps: int) -> tuple[d
     Raises
     ------
     click.ClickException
-        The model is no Qwen3, or has no such layer or token.
+        The model has no such token or position.
     """
-    try:
-        config = ca.AttentionConfig.from_dict(model.config.to_dict())
-    except CupyAttnError as error:
-        raise click.ClickException(f"the model's config does not fit: {error}") from None
-    count, vocabulary = model.config.num_hidden_layers, model.config.vocab_size
-    for index in layers:
-        if not 0 <= index < count:
-            raise click.ClickException(f"layer {index} does not exist; the model has layers 0 to {count - 1}.")
+    config, vocabulary = ca.AttentionConfig.from_dict(model.config.to_dict()), model.config.vocab_size
     for token in ids:
         if not 0 <= token < vocabulary:
             raise click.ClickException(f"token {token} does not exist; the vocabulary has 0 to {vocabulary - 1}.")
@@ -123,11 +118,41 @@ def record(model: Any, layers: list[int], ids: list[int], steps: int) -> tuple[d
     tokens = torch.tensor([ids], device=model.device)
     with torch.no_grad():
         for step in range(steps + 1):
-            logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits
+            logits = model(tokens, None, None, cache, use_cache=True).logits  # by place: transformers 5.24 renamed it
             tokens = logits[:, -1:].argmax(-1)
             if step < steps:
                 taken.append(int(tokens[0, 0]))
     return {index: recorder.arrays(index) for index, recorder in recorders.items()}, taken
+
+
+def layers_of(option: str, count: int) -> list[int]:
+    """Return the layers that ``--layers`` names, of a model that has ``count``.
+
+    Raises
+    ------
+    click.ClickException
+        The model has no such layer.
+    """
+    ranges = _layer_ranges(option)
+    if ranges is None:
+        return list(range(count))
+    largest = max(last for _, last in ranges)
+    if largest >= count:
+        raise click.ClickException(f"layer {largest} does not exist; the model has layers 0 to {count - 1}.")
+    return sorted({index for first, last in ranges for index in range(first, last + 1)})
+
+
+def loaded(model: str, device: str, load: Callable[[], Any]) -> Any:
+    """Return what transformers loads of a model, or end with a sentence."""
+    try:
+        return load()
+    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last: PyTorch without CUDA
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        if Path(model).is_dir():
+            raise click.ClickException(f"transformers cannot load {model} on {device}: {said}") from None
+        raise click.ClickException(
+            f"{model} is no folder, and transformers finds no model of that name ({said}); name a model folder."
+        ) from None
 
 
 def whole_numbers(context: click.Context, parameter: click.Parameter, text: str | None) -> list[int] | None:
@@ -142,8 +167,8 @@ def whole_numbers(context: click.Context, parameter: click.Parameter, text: str 
 
 @click.command()
 @click.argument("model")
-@click.option("--layers", callback=whole_numbers, default="0", show_default=True, help="Which layers, such as 0,5.")
-@click.option("--prompt-ids", callback=whole_numbers, help="The prompt as token ids, such as 9707,11,1879.")
+@click.option("--layers", default="0", show_default=True, help="Which layers: 'all', or such as 0,5-7.")
+@click.option("--prompt-ids", callback=whole_numbers, help="The prompt as token ids, such as 97,11,879.")
 @click.option("--prompt", help="The prompt as text, for the model's tokenizer.")
 @click.option(
     "--steps", type=click.IntRange(0), default=4, show_default=True, help="Tokens after the prompt, one by one."
@@ -155,7 +180,7 @@ def whole_numbers(context: click.Context, parameter: click.Parameter, text: str 
 )
 def main(
     model: str,
-    layers: list[int],
+    layers: str,
     prompt_ids: list[int] | None,
     prompt: str | None,
     steps: int,
@@ -171,20 +196,27 @@ def main(
         raise click.UsageError("give the prompt once, as --prompt-ids or as --prompt.")
     if out.suffix != ".safetensors":
         raise click.UsageError(f"--out is {out}; dumps are .safetensors files.")
-    files = {index: out if len(layers) == 1 else out.with_stem(f"{out.stem}-layer{index}") for index in layers}
+    config = loaded(model, device, lambda: transformers.AutoConfig.from_pretrained(model))
+    try:
+        ca.AttentionConfig.from_dict(config.to_dict())
+    except CupyAttnError as error:
+        raise click.ClickException(f"the model's config does not fit: {error}") from None
+    chosen = layers_of(layers, config.num_hidden_layers)
+    files = {index: out if len(chosen) == 1 else out.with_stem(f"{out.stem}-layer{index}") for index in chosen}
     try:
         for file in files.values():
             io.check_output(file)
     except FileError as error:
         raise click.ClickException(str(error)) from None
-    try:
-        network = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
-        ids = prompt_ids or transformers.AutoTokenizer.from_pretrained(model)(prompt)["input_ids"]
-    except (OSError, ValueError, RuntimeError, AssertionError) as error:  # the last: PyTorch without CUDA
-        raise click.ClickException(f"transformers cannot load {model} on {device}: {error}") from None
+    network = loaded(
+        model, device, lambda: transformers.AutoModelForCausalLM.from_pretrained(model, dtype=dtype).to(device).eval()
+    )
+    ids = prompt_ids or loaded(
+        model, device, lambda: transformers.AutoTokenizer.from_pretrained(model)(prompt)["input_ids"]
+    )
     if not ids:
         raise click.UsageError(f"the prompt is no token to {model}; give --prompt-ids if it has no tokenizer.")
-    arrays, taken = record(network, layers, ids, steps)
+    arrays, taken = record(network, chosen, ids, steps)
     for index, file in files.items():
         metadata = {
             "format": io.DUMP_FORMAT, "made_by": f"transformers {transformers.__version__}, torch {torch.__version__}",

@@ -24,9 +24,10 @@ import torch
 import transformers
 
 import cupy_attn as ca
+from cupy_attn.errors import CupyAttnError
 from cupy_attn.integrations.transformers import patch
 
-SIZES = {
+SIZES: dict[str, Any] = {
     "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "num_hidden_layers": 28,
     "intermediate_size": 3072, "vocab_size": 151_936, "max_position_embeddings": 4096, "tie_word_embeddings": True,
 }  # fmt: skip
@@ -124,6 +125,19 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def check_positions(model: Path | None, prompt: int, new: int) -> None:
+    """End with a sentence, before anything is loaded, unless a model has positions for a prompt and its answer."""
+    positions = SIZES["max_position_embeddings"]
+    if model is not None:
+        try:
+            positions = ca.AttentionConfig.from_pretrained(model).max_position
+        except CupyAttnError as error:
+            raise click.ClickException(str(error)) from None
+    if prompt + new > positions:
+        raise click.ClickException(f"a prompt of {prompt} tokens and an answer of {new} are more than the model's "
+                                   f"{positions} positions; take fewer.")  # fmt: skip
+
+
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path, exists=True), required=False)
 @click.option("--batch", "batches", type=click.IntRange(1), multiple=True, default=(1, 4), show_default=True)
@@ -136,7 +150,7 @@ def main(
 ) -> None:  # fmt: skip
     """Time MODEL, a transformers folder, plain and patched; exit status 1 if patching costs accuracy."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-
+    check_positions(model, prompt, new)
     if model is None:
         plain = random_model(dtype, device)
     else:
