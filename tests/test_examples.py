@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,17 @@ def test_from_jax(checkpoint, capsys, monkeypatch):
     assert step.shape == (1, 1, 256)
     assert jnp.isfinite(step).all()
     assert "13 tokens cached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "needs"),
+    [("numpy_only", "numpy"), ("from_torch", "torch"), ("from_jax", "jax"), ("decode_graph", "cupy")],
+)
+def test_without_an_argument_an_example_says_how_it_is_run(name, needs):
+    pytest.importorskip(needs)
+    done = subprocess.run([sys.executable, EXAMPLES / f"{name}.py"], check=False, capture_output=True, text=True)
+    said = f"name one Qwen3 folder, such as: python docs/examples/{name}.py demo/\n"
+    assert (done.returncode, done.stdout, done.stderr) == (1, "", said)
 
 
 @pytest.mark.gpu

@@ -567,7 +567,7 @@ def build_section(report: dict[str, Any]) -> list[str]:
         left = f", {nvrtc['not_compiled']} left out" if "not_compiled" in nvrtc else ""
         sentences.append(f"Cold, {nvrtc['kernels']} kernels compile in {nvrtc['cold_compile_s']} s on "
                          f"{doctor['cpu']['cores']} cores{left}; at most {nvrtc['max_registers']} registers, "
-                         f"{nvrtc['spill_bytes']} bytes spilled.")  # fmt: skip
+                         f"{nvrtc['spill_bytes']} bytes spilled in all.")  # fmt: skip
     rows = [(r["device"], r["dtype"], number(r["relative_l2"]), f"{r['bar']:g}") for r in doctor["self_test"]]
     return ["## Import and build", " ".join(sentences), table(("self-test", "dtype", "relative L2", "bar"), rows)]
 

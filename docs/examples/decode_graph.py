@@ -46,4 +46,6 @@ def main(folder: str, steps: int = 8) -> cupy.ndarray:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("name one Qwen3 folder, such as: python docs/examples/decode_graph.py demo/")
     main(sys.argv[1])

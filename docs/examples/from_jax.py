@@ -26,4 +26,6 @@ def main(folder: str) -> jax.Array:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("name one Qwen3 folder, such as: python docs/examples/from_jax.py demo/")
     main(sys.argv[1])

@@ -27,4 +27,6 @@ def main(folder: str) -> torch.Tensor:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("name one Qwen3 folder, such as: python docs/examples/from_torch.py demo/")
     main(sys.argv[1])

@@ -29,4 +29,6 @@ def main(folder: str, steps: int = 3) -> np.ndarray:
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("name one Qwen3 folder, such as: python docs/examples/numpy_only.py demo/")
     main(sys.argv[1])
