@@ -39,8 +39,8 @@ def inspect(
 
     With --dump, a file as `verify` takes: for each head the range of its scores, the mean entropy of its rows over the
     most that the keys they see allow, the mean weight of the first key (an attention sink), and whether it holds NaN or
-    Inf, has collapsed onto one key, is uniform or dead. Rows come from the dump's probs or scores, or from its queries
-    and keys. --plot then draws the entropy of every head by position.
+    Inf, has collapsed onto one key, is one-hot (each row on a key of its own), uniform or dead. Rows come from the
+    dump's probs or scores, or from its queries and keys. --plot then draws the entropy of every head by position.
     """
     if not dumps and (layer is not None or key is not None):
         raise click.UsageError("--layer and --key say what is in a dump; pass it with --dump.")
