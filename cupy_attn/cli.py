@@ -134,7 +134,7 @@ def demo(folder: Path, force: bool, device: str) -> None:
         "\nTry next:\n"
         f"  cupy-attn inspect {where}\n"
         f"  cupy-attn verify {where} {where}/dump-layer0.safetensors\n"
-        f"  cupy-attn run {where} {where}/hidden_states.npy --layer 3 --out y.npz --stages q_norm,k_norm\n"
+        f"  cupy-attn run {where} {where}/hidden_states.npy --layer 3 --out y.safetensors --stages q_norm,k_norm\n"
         "  cupy-attn bench --model 0.6B --tokens 512"
     )
     if failed:
@@ -176,8 +176,8 @@ def run(
 
     Activations are [tokens, hidden] or [batch, tokens, hidden]; the output, named y, has the same shape and goes to
     --out. Without --out only a summary is printed. With --stages the file also holds the activations and positions,
-    unless --residual or --cache-in is given, and is then a dump that `cupy-attn verify` takes. Exit status 1 if the
-    output is not finite.
+    unless --residual or --cache-in is given, and is then a dump that `cupy-attn verify` takes; a .safetensors file says
+    which layer it is of. Exit status 1 if the output is not finite.
     """
     wanted = _stage_names(stages)
     if wanted and out is None:

@@ -42,6 +42,11 @@ def layer_of_dump(path: Path, metadata: dict[str, str]) -> int | None:
     return None if said is None else int(said)
 
 
+def no_layer(path: Path) -> InputError:
+    """Return what to raise where a dump does not say which layer it is of."""
+    return InputError(f"{path} does not say which layer it is of; pass --layer.")
+
+
 def other_layer(path: Path, said: int, asked: int) -> InputError:
     """Return what to raise for a dump of another layer than was asked for."""
     return InputError(f"{path} is of layer {said}, not {asked}; leave out --layer or name a dump of layer {asked}.")

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import __version__, health, io
 from .cache import KVCache
-from .cli_inputs import layer_of_dump, other_layer
+from .cli_inputs import layer_of_dump, no_layer, other_layer
 from .config import AttentionConfig
 from .errors import InputError
 from .plan import check_positions
@@ -113,7 +113,7 @@ def _layer_of(path: Path, metadata: dict[str, str], asked: int | None) -> int:
     said = layer_of_dump(path, metadata)
     if said is None:
         if asked is None:
-            raise InputError(f"{path} does not say which layer it is of; pass --layer.")
+            raise no_layer(path)
         return asked
     if asked not in (None, said):
         raise other_layer(path, said, asked)

@@ -22,6 +22,7 @@ from .cli_inputs import (
     layer_of_dump,
     load_layer,
     natural_dtype,
+    no_layer,
     other_layer,
 )
 from .plots import check_plot, verification_plot
@@ -46,7 +47,8 @@ class _Verified:
 @MODEL
 @click.argument("activations", type=PATH, nargs=-1, required=True)
 @click.option("--layer", "layers", type=int, multiple=True,
-              help="Index of the layer, from 0; can be repeated.  [default: what a dump says, or 0]")  # fmt: skip
+              help="Index of the layer, from 0; can be repeated.  [default: what a dump says, 0 for activations "
+              "without stages]")  # fmt: skip
 @POSITIONS
 @click.option("--tokens", type=click.IntRange(1), default=None, help="Use only the first tokens of each sequence.")
 @KEY
@@ -124,6 +126,8 @@ def _layers_of(path: Path, dump: io.Dump, asked: Sequence[int]) -> list[int]:
     """Return the layers to verify on a file's activations; stages can only be compared with their own layer's."""
     said = layer_of_dump(path, dump.metadata)
     if not asked:
+        if dump.stages and said is None:
+            raise no_layer(path)
         return [said or 0]
     for layer in asked:
         if dump.stages and said not in (None, layer):

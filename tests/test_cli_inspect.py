@@ -118,7 +118,7 @@ def test_inspect_draws_the_entropy_of_a_dump(small, tmp_path):
 
 
 def test_inspect_refuses_dumps_that_do_not_fit(small, model, tmp_path):
-    path, named = dumped(small), model / "dump-layer0.safetensors"
+    path, named = dumped(small, "dump.npz"), model / "dump-layer0.safetensors"
     refused("inspect", small, "--layer", 0, status=2, says="pass it with --dump")
     refused("inspect", small, "--key", "x", status=2, says="pass it with --dump")
     refused("inspect", small, "--dump", tmp_path / "none.npz", says="does not exist")

@@ -40,13 +40,13 @@ def test_verify_passes_with_every_option(small, dtype, options):
 
 
 def test_verify_with_tokens_cuts_the_dump_and_its_positions(small):
-    path = dumped(small)
+    path = dumped(small, "dump.npz")
     arrays = read(path) | {"positions": np.arange(7)}
     arrays["y"][:, 4:] = np.nan
     arrays["lse"][:, :, 4:] = np.nan
     np.savez(path, **arrays)
-    invoke("verify", small, path, "--tokens", 4)
-    assert "MISSED: lse, y;" in invoke("verify", small, path, status=1).stdout
+    invoke("verify", small, path, "--layer", 0, "--tokens", 4)
+    assert "MISSED: lse, y;" in invoke("verify", small, path, "--layer", 0, status=1).stdout
 
 
 VERIFY_KEYS = {"passed", "layer", "dtype", "device", "shape", "reference", "dump", "departure", "collapse"}
@@ -101,6 +101,16 @@ def test_verify_takes_the_layer_that_a_dump_says(small):
     path = dumped_by_run(small, 1)
     assert json.loads(invoke("verify", small, path, "--json").stdout)["layer"] == 1
     refused("verify", small, path, "--layer", 0, says="is of layer 1, not 0; leave out --layer")
+
+
+def test_verify_does_not_guess_the_layer_of_stages(small, tmp_path):
+    path = tmp_path / "y.npz"
+    invoke("run", small, small / "x.npy", "--layer", 1, "--out", path, "--stages", "q_norm")
+    refused("verify", small, path, says=f"{path} does not say which layer it is of; pass --layer.")
+    refused("verify", small, small / "x.npy", path, says=f"{path} does not say which layer it is of; pass --layer.")
+    assert json.loads(invoke("verify", small, path, "--layer", 1, "--json").stdout)["layer"] == 1
+    np.savez(path, x=np.load(small / "x.npy"), positions=np.arange(7))
+    assert json.loads(invoke("verify", small, path, "--json").stdout)["layer"] == 0
 
 
 def test_verify_of_several_dumps_is_one_table(small):
@@ -160,9 +170,9 @@ def test_verify_notices_a_backend_that_is_wrong(small, monkeypatch, damage):
 
 def test_verify_refuses_a_dump_that_does_not_fit(small):
     for change in (lambda a: a[:, :-1], lambda a: a[..., 0], lambda a: a.astype(str), lambda a: np.zeros(())):
-        path = dumped(small, q_norm=change)
-        refused("verify", small, path, says="the dump's q_norm")
-        refused("verify", small, path, "--tokens", 2, says="the dump's q_norm")
+        path = dumped(small, "dump.npz", q_norm=change)
+        refused("verify", small, path, "--layer", 0, says="the dump's q_norm")
+        refused("verify", small, path, "--layer", 0, "--tokens", 2, says="the dump's q_norm")
 
 
 def test_verify_refuses_more_tokens_than_the_reference_takes(small, tmp_path):
