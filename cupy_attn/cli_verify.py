@@ -16,8 +16,10 @@ from .cli_inputs import (
     ANGLES,
     DTYPE,
     POSITIONS,
+    config_differences,
     convert,
     device_name,
+    differences_text,
     given_positions,
     layer_of_dump,
     load_layer,
@@ -32,7 +34,10 @@ from .verify import Verification, verify_layer
 
 @dataclasses.dataclass(frozen=True)
 class _Verified:
-    """What was found of a layer on a file's activations ``shape`` [B, S, H]; ``largest`` is max |k_norm.weight|."""
+    """What was found of a layer on a file's activations ``shape`` [B, S, H].
+
+    ``largest`` is max |k_norm.weight|; ``differences`` are those of the dump's config, None if it says none.
+    """
 
     path: Path
     layer: int
@@ -40,6 +45,7 @@ class _Verified:
     device: str
     largest: float
     shape: tuple[int, ...]
+    differences: list[dict[str, Any]] | None
     result: Verification
 
 
@@ -73,9 +79,9 @@ def verify(
     """Compare layers of MODEL with the float64 reference on ACTIVATIONS, stage by stage.
 
     If ACTIVATIONS is a dump that holds stages (named as `cupy-attn run --stages` does, the output y), the layer is
-    compared with those too. Several files, or several layers on one, get a line each, with the stage that is nearest
-    its bar or furthest past it. --plot draws the error of every stage of one layer beside its bar, and by position.
-    Exit status 1 if any stage of any layer misses its bar.
+    compared with those too, and values of the dump's config that are not MODEL's are named. Several files, or several
+    layers on one, get a line each, with the stage that is nearest its bar or furthest past it. --plot draws the error
+    of every stage of one layer beside its bar, and by position. Exit status 1 if any stage of any layer misses its bar.
     """
     if plot is not None:
         check_plot(plot)
@@ -89,6 +95,7 @@ def verify(
         layer = load_layer(model, index, dtype or natural_dtype(dump.hidden_states), device, angles)
         x = convert(path, dump.hidden_states, layer)
         given = given_positions(positions, dump.positions, x.shape[1])
+        differences = config_differences(path, dump.metadata, layer.config, index)
         if sys.stderr.isatty() and not as_json:
             click.echo(f"  computing the float64 reference of layer {index} ...", err=True)
         result = verify_layer(
@@ -101,7 +108,7 @@ def verify(
             angles=angles,
         )
         largest = layer.weights.k_norm_stats.max_abs
-        return _Verified(path, index, str(layer.dtype), layer.device, largest, x[:, :tokens].shape, result)
+        return _Verified(path, index, str(layer.dtype), layer.device, largest, x[:, :tokens].shape, differences, result)
 
     done = [run(path, index) for path, index in wanted]
     passed = all(one.result.passed for one in done)
@@ -147,6 +154,8 @@ def _stage_by_stage(model: Path, one: _Verified) -> str:
             parts.append(f"{title}:\n{table(('stage', 'max abs', 'relative L2', 'bar', 'verdict'), lines)}")
     findings = [] if result.departure is None else [result.departure.text]
     findings += [f"Collapse: {sentence}" for sentence in result.collapse]
+    if one.differences:
+        findings.append(f"Config: {differences_text(one.differences)}")
     if findings:
         parts.append("\n".join(findings))
     missed = ", ".join(_misses(result)) or "collapsed"
@@ -176,6 +185,8 @@ def _layer_by_layer(model: Path, done: Sequence[_Verified]) -> str:
     end = "All stages of all layers are within their bars."
     if missed:
         end = f"MISSED: layer {'; layer '.join(missed)}. Verify such a layer alone for its stages and where it departs."
+    notes = [f"Config of {one.path.name}: {differences_text(one.differences)}" for one in done if one.differences]
+    end = "\n".join(dict.fromkeys([end, *notes]))
     where = f"{len(done)} layers of {model} on the {device_name(done[0].device)}, against the float64 reference"
     return f"{where}:\n\n{table(header, lines)}\n\n{end}"
 
@@ -198,4 +209,5 @@ def _as_json(one: _Verified) -> dict[str, Any]:
         "passed": result.passed, "layer": one.layer, "dtype": one.dtype, "device": one.device,
         "shape": list(one.shape), "reference": rows(result.reference), "dump": rows(result.dump),
         "departure": result.departure and dataclasses.asdict(result.departure), "collapse": result.collapse,
+        "config_differences": one.differences,
     }  # fmt: skip

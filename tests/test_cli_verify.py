@@ -49,7 +49,8 @@ def test_verify_with_tokens_cuts_the_dump_and_its_positions(small):
     assert "MISSED: lse, y;" in invoke("verify", small, path, "--layer", 0, status=1).stdout
 
 
-VERIFY_KEYS = {"passed", "layer", "dtype", "device", "shape", "reference", "dump", "departure", "collapse"}
+VERIFY_KEYS = {"passed", "layer", "dtype", "device", "shape", "reference", "dump", "departure", "collapse",
+               "config_differences"}  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", [*cli.RUN_STAGES, "y"])
@@ -111,6 +112,52 @@ def test_verify_does_not_guess_the_layer_of_stages(small, tmp_path):
     assert json.loads(invoke("verify", small, path, "--layer", 1, "--json").stdout)["layer"] == 1
     np.savez(path, x=np.load(small / "x.npy"), positions=np.arange(7))
     assert json.loads(invoke("verify", small, path, "--json").stdout)["layer"] == 0
+
+
+OTHER_VALUES = {
+    "nothing": ({}, None),
+    "theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+              "rope_theta 10000.0, the model has 1000000.0"),
+    "eps, bias": ({"rms_norm_eps": 1e-5, "attention_bias": True},
+                  "rms_norm_eps 1e-05, the model has 1e-06; attention_bias true, the model has false"),
+    "scaling": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}},
+                "rope_type linear, the model has default; factor 2.0, the model has 1.0"),
+    "window of this layer": ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+                             "sliding_window 8, the model has null"),
+    "window of another layer": ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
+                                 "layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_VALUES)
+def test_a_dump_of_another_config_says_what_differs(small, kind):
+    changes, says = OTHER_VALUES[kind]
+    path = dumped(small)
+    arrays, metadata = io.load_arrays(path)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    io.save_arrays(path, arrays, metadata | {"config": json.dumps(config | {"num_hidden_layers": 2} | changes)})
+    line = None if says is None else f"the dump was made with {says}."
+    for printed in (invoke("verify", small, path).stdout, invoke("inspect", small, "--dump", path).stdout):
+        assert [text for text in printed.splitlines() if text.startswith("Config")] == [f"Config: {line}"] * bool(line)
+    both = invoke("verify", small, path, dumped(small, "plain.safetensors")).stdout
+    passed = "All stages of all layers are within their bars."
+    assert both.splitlines()[-1] == (f"Config of {path.name}: {line}" if line else passed)
+    for told in (json.loads(invoke("verify", small, path, "--json").stdout),
+                 json.loads(invoke("inspect", small, "--dump", path, "--json").stdout)["dumps"][0]):  # fmt: skip
+        differences = told["config_differences"]
+        assert bool(differences) == bool(says)
+        assert all(f"{one['name']} " in says and one["dump"] != one["model"] for one in differences)
+
+
+def test_a_dump_without_a_config_or_with_a_damaged_one(small):
+    path = dumped(small)
+    assert json.loads(invoke("verify", small, path, "--json").stdout)["config_differences"] is None
+    arrays, metadata = io.load_arrays(path)
+    for bad in ("{", "[]", "{}", '{"hidden_size": "wide"}', "null"):
+        io.save_arrays(path, arrays, metadata | {"config": bad})
+        refused("verify", small, path, says=f"{path} holds a config that cannot be read (")
+        refused("inspect", small, "--dump", path, says=f"{path} holds a config that cannot be read (")
 
 
 def test_verify_of_several_dumps_is_one_table(small):
