@@ -10,9 +10,10 @@ from cli_helpers import dumped, invoke, layer_of, png_size, read, refused, write
 from conftest import make_config
 
 import cupy_attn as ca
-from cupy_attn import cuda, demo, io
+from cupy_attn import cuda, demo, io, plots
 from cupy_attn.arrays import STORAGE_DTYPES
 from cupy_attn.cpu import CpuBackend
+from cupy_attn.weights import read_norm_stats
 
 # inspect, doctor, bench
 
@@ -50,6 +51,19 @@ def test_inspect_draws_a_png(small, tmp_path):
     pytest.importorskip("matplotlib")
     assert f"Wrote {tmp_path / 'k.png'}." in invoke("inspect", small, "--plot", tmp_path / "k.png").stdout
     assert png_size(tmp_path / "k.png") == (1200, 780)
+
+
+def test_the_picture_says_why_a_layer_is_shaded(model, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    invoke("inspect", model, "--plot", tmp_path / "k.png")
+    caption = " ".join(drawn[0].get_supxlabel().split())
+    assert "max |k_norm.weight| is above 20 or rms(q_norm.weight) times rms(k_norm.weight) above 2.5" in caption
+    for layer, q, k in read_norm_stats(model, ca.AttentionConfig.from_pretrained(model)):
+        precise = k.max_abs > 20 or q.rms * k.rms > 2.5
+        spans = [patch.get_x() for patch in drawn[0].axes[0].patches]
+        assert (layer - 0.5 in spans) == precise
 
 
 def test_inspect_of_a_dump_says_what_each_head_does(model):
