@@ -12,6 +12,7 @@ from conftest import make_config
 import cupy_attn as ca
 from cupy_attn import cuda, demo, io, plots
 from cupy_attn.arrays import STORAGE_DTYPES
+from cupy_attn.bench import MODELS
 from cupy_attn.cpu import CpuBackend
 from cupy_attn.weights import read_norm_stats
 
@@ -181,6 +182,27 @@ def test_bench_times_every_phase(small):
     phases = list(times.values())[:7]
     assert times["phases together"]["median_us"] == pytest.approx(sum(row["median_us"] for row in phases))
     assert "phases together" in invoke("bench", "--model", small, *options).stdout
+
+
+def test_bench_takes_no_more_tokens_than_the_model_has_positions(small, tmp_path):
+    config = json.loads((small / "config.json").read_text()) | {"max_position_embeddings": 200}
+    (small / "config.json").write_text(json.dumps(config))
+    options = ("--model", small, "--repeats", 1)
+    assert json.loads(invoke("bench", *options, "--json").stdout)["tokens"] == [199]
+    assert json.loads(invoke("bench", *options, "--json", "--tokens", 199).stdout)["tokens"] == [199]
+    refused("bench", *options, "--tokens", 3, "--tokens", 200, says="--tokens 200 and a token decoded after them are "
+            "more than the model's 200 positions; pass --tokens 199 or fewer.")  # fmt: skip
+    pytest.importorskip("matplotlib")
+    told = json.loads(invoke("bench", *options, "--json", "--plot", tmp_path / "b.png").stdout)
+    assert told["tokens"] == [128, 199]
+
+
+def test_bench_names_the_published_sizes(tmp_path):
+    sizes = ", ".join(MODELS)
+    for name in ("7B", tmp_path / "none"):
+        refused("bench", "--model", name, says=f"--model {name} does not exist and is no published size; name a model "
+                f"folder or one of {sizes}.")  # fmt: skip
+    refused("bench", "--model", tmp_path, says=f"{tmp_path / 'config.json'} does not exist; name a model folder")
 
 
 def test_bench_times_several_lengths_and_draws_them(small, tmp_path):
