@@ -31,6 +31,8 @@ from .plots import check_plot, verification_plot
 from .terminal import DEVICE, JSON, KEY, MODEL, PATH, PLOT, echo_json, table, verdict
 from .verify import Verification, verify_layer
 
+ERRORS = "error: relative L2; of y (max): max |error| / max |y|"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Verified:
@@ -147,11 +149,12 @@ def _stage_by_stage(model: Path, one: _Verified) -> str:
     result, (batch, seq, _) = one.result, one.shape
     ran = f"Layer {one.layer} of {model}, {batch} x {seq} tokens, {one.dtype}"
     parts = [f"{ran} on the {device_name(one.device)}, max |k_norm.weight| {one.largest:g}."]
-    for title, rows in (("Against the float64 reference", result.reference), ("Against the dump", result.dump)):
+    reference = f"Against the float64 reference ({ERRORS})"
+    for title, rows in ((reference, result.reference), ("Against the dump (error: relative L2)", result.dump)):
         if rows:
             lines = [(r.stage, f"{r.max_abs:.2e}", f"{r.relative_l2:.2e}", f"{r.bar:.2e}", verdict(r.passed))
                      for r in rows]  # fmt: skip
-            parts.append(f"{title}:\n{table(('stage', 'max abs', 'relative L2', 'bar', 'verdict'), lines)}")
+            parts.append(f"{title}:\n{table(('stage', 'max abs', 'error', 'bar', 'verdict'), lines)}")
     findings = [] if result.departure is None else [result.departure.text]
     findings += [f"Collapse: {sentence}" for sentence in result.collapse]
     if one.differences:
@@ -166,8 +169,11 @@ def _stage_by_stage(model: Path, one: _Verified) -> str:
 
 def _layer_by_layer(model: Path, done: Sequence[_Verified]) -> str:
     """Return what was found of several layers as text, a line each."""
-    several = len({one.path for one in done}) > 1
-    header = ("layer", "tokens", "dtype", "max |k|", "L2 of y", "worst stage", "its L2", "its bar", "dump", "verdict")
+    paths = {one.path for one in done}
+    names = {path: path.name if len({p.name for p in paths}) == len(paths) else str(path) for path in paths}
+    several = len(paths) > 1
+    header = ("layer", "tokens", "dtype", "max |k|", "error of y", "worst stage", "its error", "its bar", "dump",
+              "verdict")  # fmt: skip
     lines = []
     for one in done:
         result, (batch, seq, _) = one.result, one.shape
@@ -175,19 +181,24 @@ def _layer_by_layer(model: Path, done: Sequence[_Verified]) -> str:
         worst = max(result.reference, key=lambda row: _of_bar(row.relative_l2, row.bar))
         dump = next((row.stage for row in result.dump if not row.passed), "ok") if result.dump else "-"
         lines.append((
-            f"{one.layer}, {one.path.name}" if several else str(one.layer),
+            f"{one.layer}, {names[one.path]}" if several else str(one.layer),
             f"{batch} x {seq}", one.dtype, f"{one.largest:.4g}",
             f"{y.relative_l2:.2e}", worst.stage, f"{worst.relative_l2:.2e}", f"{worst.bar:.2e}", dump,
             verdict(result.passed),
         ))  # fmt: skip
-    missed = [f"{one.layer} ({', '.join(_misses(one.result)) or 'collapsed'})" for one in done
-              if not one.result.passed]  # fmt: skip
+    missed = [
+        f"{one.layer}{f' of {names[one.path]}' if several else ''} ({', '.join(_misses(one.result)) or 'collapsed'})"
+        for one in done
+        if not one.result.passed
+    ]
     end = "All stages of all layers are within their bars."
     if missed:
         end = f"MISSED: layer {'; layer '.join(missed)}. Verify such a layer alone for its stages and where it departs."
-    notes = [f"Config of {one.path.name}: {differences_text(one.differences)}" for one in done if one.differences]
+    notes = [f"Config of {names[one.path]}: {differences_text(one.differences)}" for one in done if one.differences]
     end = "\n".join(dict.fromkeys([end, *notes]))
-    where = f"{len(done)} layers of {model} on the {device_name(done[0].device)}, against the float64 reference"
+    where = (
+        f"{len(done)} layers of {model} on the {device_name(done[0].device)}, against the float64 reference ({ERRORS})"
+    )
     return f"{where}:\n\n{table(header, lines)}\n\n{end}"
 
 

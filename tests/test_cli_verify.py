@@ -24,6 +24,7 @@ def test_verify_passes_and_shows_every_stage(small):
     for stage in (*cli.RUN_STAGES, "y", "y (max)", "y (decode)"):
         assert f"\n{stage} " in printed
     assert "Against the dump" in printed
+    assert "error: relative L2; of y (max): max |error| / max |y|" in printed
     assert "All stages are within their bars." in printed
     assert "Against the dump" not in invoke("verify", small, small / "x.npy").stdout
 
@@ -180,10 +181,20 @@ def test_verify_of_several_names_the_layer_that_misses(small):
     arrays, metadata = io.load_arrays(path)
     io.save_arrays(path, arrays | {"k_norm": arrays["k_norm"] * 2}, metadata)
     printed = invoke("verify", small, dumped(small), path, status=1).stdout
-    assert "MISSED: layer 1 (k_norm). Verify such a layer alone" in printed
+    assert "MISSED: layer 1 of run-layer1.safetensors (k_norm). Verify such a layer alone" in printed
     lines = [line.split() for line in printed.splitlines() if line.endswith((" ok", " MISSED"))]
     assert [line[-2:] for line in lines] == [["ok", "ok"], ["k_norm", "MISSED"]]
     assert json.loads(invoke("verify", small, dumped(small), path, "--json", status=1).stdout)["passed"] is False
+
+
+def test_files_of_the_same_name_are_told_apart(small, tmp_path):
+    (tmp_path / "other").mkdir()
+    path, other = dumped(small), tmp_path / "other" / "dump.safetensors"
+    arrays, metadata = io.load_arrays(path)
+    io.save_arrays(other, arrays | {"y": arrays["y"] * 2}, metadata)
+    printed = invoke("verify", small, path, other, status=1).stdout
+    assert f"MISSED: layer 0 of {other} (y). " in printed
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("0, ")] == [str(path), str(other)]
 
 
 def test_verify_of_several_layers_on_the_same_activations(small, tmp_path):
