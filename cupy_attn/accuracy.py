@@ -169,11 +169,16 @@ def collapsed_key(top_key: np.ndarray, top_weight: np.ndarray) -> int | None:
     top_key, top_weight : ndarray [R] of int, [R]
         The key with most weight in each row of a head, and that weight.
     """
-    taken = top_weight > SINGLE_KEY_WEIGHT
-    if not taken.size or taken.mean() < NEARLY_ALL_ROWS:
+    if not is_one_hot(top_weight):
         return None
+    taken = top_weight > SINGLE_KEY_WEIGHT
     key = int(np.bincount(top_key[taken]).argmax())
     return key if (top_key[taken] == key).mean() >= NEARLY_ALL_ROWS else None
+
+
+def is_one_hot(top_weight: np.ndarray) -> bool:
+    """Return whether nearly all rows [R] of a head give one key, whichever, nearly all the weight."""
+    return bool(top_weight.size and (top_weight > SINGLE_KEY_WEIGHT).mean() >= NEARLY_ALL_ROWS)
 
 
 def is_uniform(relative_entropy: np.ndarray) -> bool:

@@ -18,7 +18,7 @@ from typing import Any
 import click
 import numpy as np
 
-from . import __version__, cuda, io, kernels
+from . import __version__, cuda, io, kernels, launch
 from . import demo as demo_model
 from .arrays import STORAGE_DTYPES, to_numpy
 from .cache import KVCache
@@ -134,7 +134,7 @@ def demo(folder: Path, force: bool, device: str) -> None:
         "\nTry next:\n"
         f"  cupy-attn inspect {where}\n"
         f"  cupy-attn verify {where} {where}/dump-layer0.safetensors\n"
-        f"  cupy-attn run {where} {where}/hidden_states.npy --layer 3 --out y.npz --stages q_norm,k_norm\n"
+        f"  cupy-attn run {where} {where}/hidden_states.npy --layer 3 --out y.safetensors --stages q_norm,k_norm\n"
         "  cupy-attn bench --model 0.6B --tokens 512"
     )
     if failed:
@@ -176,8 +176,8 @@ def run(
 
     Activations are [tokens, hidden] or [batch, tokens, hidden]; the output, named y, has the same shape and goes to
     --out. Without --out only a summary is printed. With --stages the file also holds the activations and positions,
-    unless --residual or --cache-in is given, and is then a dump that `cupy-attn verify` takes. Exit status 1 if the
-    output is not finite.
+    unless --residual or --cache-in is given, and is then a dump that `cupy-attn verify` takes; a .safetensors file says
+    which layer it is of. Exit status 1 if the output is not finite.
     """
     wanted = _stage_names(stages)
     if wanted and out is None:
@@ -251,16 +251,14 @@ def warmup(
     from . import warmup as warming
 
     for arch in archs:
-        if re.fullmatch(r"sm_\d+[a-z]?", arch) is None:
-            raise click.UsageError(
-                f"--arch {arch}: name one as NVRTC does, such as {', '.join(kernels.ARCHITECTURES)}."
-            )
+        _check_arch(arch)
     ranges = _layer_ranges(layers)
     if not archs:
         _check_gpu_and_cache()
     config = AttentionConfig.from_pretrained(model)
     stats = _chosen_layers(layers, ranges, list(read_norm_stats(model, config)))
     pairs = warming.needed(config, stats, [STORAGE_DTYPES[name] for name in dict.fromkeys(dtypes)])
+    without = {name: why for name in dict.fromkeys(dtypes) if (why := launch.supported(config, name)) is not None}
     builds: list[Callable[[], Any]]
     if archs:
         builds = [functools.partial(warming.build_offline, arch, *pair) for arch in dict.fromkeys(archs)
@@ -275,11 +273,14 @@ def warmup(
     if as_json:
         echo_json({
             "model": str(model), "dtypes": list(dict.fromkeys(dtypes)), "layers": [index for index, *_ in stats],
-            **counts, "seconds": seconds,
+            **counts, "seconds": seconds, "no_kernels": without,
             "kernels": [dataclasses.asdict(r) | {"macros": dict(r.macros)} for r in results],
         })  # fmt: skip
     else:
-        if archs or verbose:
+        for name, why in without.items():
+            click.echo(f"Note: layers in {name} have no kernels and run as separate array operations, because {why}.",
+                       err=True)  # fmt: skip
+        if results and (archs or verbose):
             click.echo(_build_table(results, bool(archs), verbose))
         told = f"Built {counts['built']} kernels in {seconds:.1f} s, {counts['cached']} came from the cache"
         click.echo(f"{told}, {counts['failed']} failed." if counts["failed"] else f"{told}.")
@@ -375,6 +376,21 @@ def _progress(items: Sequence[int], label: str) -> Iterator[Any]:
             yield bar
     else:
         yield items
+
+
+def _check_arch(arch: str) -> None:
+    from .warmup import known_to_nvrtc
+
+    name = re.fullmatch(r"sm_(\d+)[a-z]?", arch)
+    tested = ", ".join(kernels.ARCHITECTURES)
+    if name is None:
+        raise click.UsageError(f"--arch {arch}: name one as NVRTC does, such as {tested}.")
+    if divmod(int(name[1]), 10) < cuda.MIN_CAPABILITY:
+        raise click.UsageError(
+            f"--arch {arch}: the kernels need compute capability 8.0; name a later one, such as {tested}."
+        )
+    if not known_to_nvrtc(arch):
+        raise click.UsageError(f"--arch {arch}: this NVRTC does not know it; name one that it does, such as {tested}.")
 
 
 def _layer_ranges(option: str) -> list[tuple[int, int]] | None:

@@ -14,6 +14,7 @@ from . import __version__, cuda
 from .arrays import STORAGE_DTYPES
 from .bench import DECODE, MODELS, PREFILL, TOGETHER, Timing, model_config, run_bench
 from .config import AttentionConfig
+from .errors import InputError
 from .plots import Curve, Panel, check_plot, times_plot
 from .terminal import DEVICE, JSON, PLOT, echo_json, table
 from .threads import workers
@@ -27,7 +28,7 @@ TOKENS, PLOT_TOKENS = (512,), (128, 256, 512, 1024, 2048)
 @click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences.")
 @click.option("--tokens", type=click.IntRange(1), multiple=True,
               help="Tokens of each sequence; can be repeated.  [default: 512; with --plot "
-              f"{', '.join(map(str, PLOT_TOKENS))}]")  # fmt: skip
+              f"{', '.join(map(str, PLOT_TOKENS))}; as far as the model has positions]")  # fmt: skip
 @click.option("--repeats", type=click.IntRange(1), default=10, show_default=True, help="Timed runs of each row.")
 @click.option("--dtype", type=click.Choice(list(STORAGE_DTYPES)), default="float32", show_default=True,
               help="Storage dtype.")  # fmt: skip
@@ -46,9 +47,13 @@ def bench(
     """
     if plot is not None:
         check_plot(plot)
-    config = model_config(model) if model in MODELS else AttentionConfig.from_pretrained(model)
+    config = _config_of(model)
     device = "cuda" if device != "cpu" and (device == "cuda" or cuda.problem() is None) else "cpu"
-    counts = sorted(set(tokens or (PLOT_TOKENS if plot else TOKENS)))
+    most = config.max_position - 1  # a token is decoded after the prompt
+    counts = sorted(set(tokens) or {min(count, most) for count in (PLOT_TOKENS if plot else TOKENS)})
+    if counts[-1] > most:
+        raise InputError(f"--tokens {counts[-1]} and a token decoded after them are more than the model's "
+                         f"{config.max_position} positions; pass --tokens {most} or fewer.")  # fmt: skip
     rows: list[Timing] = []
     for count in counts:
         for row in run_bench(config, dtype=dtype, device=device, batch=batch, tokens=count, repeats=repeats):
@@ -67,6 +72,16 @@ def bench(
         click.echo(table(("what", "median us", "min us"), cells))
     if plot is not None:
         click.echo(f"Wrote {plot}.")
+
+
+def _config_of(model: str) -> AttentionConfig:
+    """Return the config of a published size or of a model folder."""
+    if model in MODELS:
+        return model_config(model)
+    if not Path(model).exists():
+        raise InputError(f"--model {model} does not exist and is no published size; name a model folder or one of "
+                         f"{', '.join(MODELS)}.")  # fmt: skip
+    return AttentionConfig.from_pretrained(model)
 
 
 def _machine(device: str) -> str:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import click
 import numpy as np
 
 from . import io
 from .arrays import STORAGE_DTYPES
-from .config import AttentionConfig
+from .config import SLIDING, AttentionConfig
 from .errors import FileError, InputError
 from .layer import Attention
 from .rope import ANGLE_DTYPES
@@ -40,6 +44,51 @@ def layer_of_dump(path: Path, metadata: dict[str, str]) -> int | None:
     if said is not None and not said.isdecimal():
         raise InputError(f"{path} says that it is of layer {said!r}, which is no number; dump it again.")
     return None if said is None else int(said)
+
+
+def config_differences(
+    path: Path, metadata: dict[str, str], config: AttentionConfig, layer: int
+) -> list[dict[str, Any]] | None:
+    """Return what of the config that a dump was made with is not the model's: name, value in the dump, in the model.
+
+    None if the dump does not say its config.
+    """
+    if "config" not in metadata:
+        return None
+    try:
+        made_with = AttentionConfig.from_dict(json.loads(metadata["config"]))
+    except (TypeError, ValueError) as error:  # not JSON, not a config, a value of another type
+        raise InputError(
+            f"{path} holds a config that cannot be read ({str(error).rstrip('.')}); dump it again."
+        ) from None
+    dump, model = (_config_values(one, layer) for one in (made_with, config))
+    return [{"name": name, "dump": dump[name], "model": value} for name, value in model.items() if dump[name] != value]
+
+
+def _config_values(config: AttentionConfig, layer: int) -> dict[str, Any]:
+    """Return the values that one layer depends on, and how many layers and of what model there are."""
+    values = config.to_dict() | dataclasses.asdict(config.rope)
+    for name in ("rope_parameters", "use_sliding_window", "max_window_layers", "layer_types"):
+        del values[name]
+    if config.layer_types is not None and config.layer_types[layer : layer + 1] != (SLIDING,):
+        values["sliding_window"] = None
+    return values
+
+
+def differences_text(differences: Sequence[dict[str, Any]]) -> str:
+    """Return a sentence with every difference."""
+    values = [f"{one['name']} {_spelled(one['dump'])}, the model has {_spelled(one['model'])}" for one in differences]
+    return f"the dump was made with {'; '.join(values)}."
+
+
+def _spelled(value: Any) -> str:
+    """Return a value as ``config.json`` has it, a string without its quotes."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def no_layer(path: Path) -> InputError:
+    """Return what to raise where a dump does not say which layer it is of."""
+    return InputError(f"{path} does not say which layer it is of; pass --layer.")
 
 
 def other_layer(path: Path, said: int, asked: int) -> InputError:

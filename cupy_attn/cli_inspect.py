@@ -12,7 +12,7 @@ import numpy as np
 
 from . import __version__, health, io
 from .cache import KVCache
-from .cli_inputs import layer_of_dump, other_layer
+from .cli_inputs import config_differences, differences_text, layer_of_dump, no_layer, other_layer
 from .config import AttentionConfig
 from .errors import InputError
 from .plan import check_positions
@@ -39,8 +39,8 @@ def inspect(
 
     With --dump, a file as `verify` takes: for each head the range of its scores, the mean entropy of its rows over the
     most that the keys they see allow, the mean weight of the first key (an attention sink), and whether it holds NaN or
-    Inf, has collapsed onto one key, is uniform or dead. Rows come from the dump's probs or scores, or from its queries
-    and keys. --plot then draws the entropy of every head by position.
+    Inf, has collapsed onto one key, is one-hot (each row on a key of its own), uniform or dead. Rows come from the
+    dump's probs or scores, or from its queries and keys. --plot then draws the entropy of every head by position.
     """
     if not dumps and (layer is not None or key is not None):
         raise click.UsageError("--layer and --key say what is in a dump; pass it with --dump.")
@@ -83,7 +83,7 @@ def _inspect_weights(model: Path, config: AttentionConfig, plot: Path | None, as
 
 @dataclasses.dataclass(frozen=True)
 class _Inspected:
-    """A dump and what its heads do; ``source`` names the stages that the probabilities are from."""
+    """A dump, what its heads do, and how its config is another; ``source`` names the stages of the probabilities."""
 
     path: Path
     layer: int
@@ -91,6 +91,7 @@ class _Inspected:
     source: str
     rows: health.Rows
     heads: list[health.HeadHealth]
+    differences: list[dict[str, Any]] | None
 
 
 def _read_dump(model: Path, config: AttentionConfig, path: Path, layer: int | None, key: str | None) -> _Inspected:
@@ -105,7 +106,9 @@ def _read_dump(model: Path, config: AttentionConfig, path: Path, layer: int | No
         source, rows = health.measure_dump(stages, config, weights, positions)
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
-    return _Inspected(path, layer, positions, source, rows, health.head_health(rows, stages.get("attention")))
+    heads = health.head_health(rows, stages.get("attention"))
+    differences = config_differences(path, dump.metadata, config, layer)
+    return _Inspected(path, layer, positions, source, rows, heads, differences)
 
 
 def _layer_of(path: Path, metadata: dict[str, str], asked: int | None) -> int:
@@ -113,7 +116,7 @@ def _layer_of(path: Path, metadata: dict[str, str], asked: int | None) -> int:
     said = layer_of_dump(path, metadata)
     if said is None:
         if asked is None:
-            raise InputError(f"{path} does not say which layer it is of; pass --layer.")
+            raise no_layer(path)
         return asked
     if asked not in (None, said):
         raise other_layer(path, said, asked)
@@ -133,7 +136,8 @@ def _inspect_dumps(
     if as_json:
         echo_json({"model": str(model), "dumps": [
             {"dump": str(d.path), "layer": d.layer, "shape": list(d.positions.shape), "source": d.source,
-             "heads": [dataclasses.asdict(head) for head in d.heads]} for d in found]})  # fmt: skip
+             "heads": [dataclasses.asdict(head) for head in d.heads],
+             "config_differences": d.differences} for d in found]})  # fmt: skip
         return
     click.echo("\n\n".join(_described(model, d) for d in found))
     if plot is not None:
@@ -148,7 +152,10 @@ def _described(model: Path, found: _Inspected) -> str:
               _number(h.relative_entropy, ".3f"), _number(h.first_key, ".3f"), ", ".join(h.flags) or "-")
              for h in found.heads]  # fmt: skip
     heads = table(("head", "min score", "max score", "entropy", "first key", "flags"), lines)
-    return f"{title}\n\n{heads}\n\nLayer {found.layer}: {health.summary(found.heads)}"
+    end = f"Layer {found.layer}: {health.summary(found.heads)}"
+    if found.differences:
+        end += f"\nConfig: {differences_text(found.differences)}"
+    return f"{title}\n\n{heads}\n\n{end}"
 
 
 def _number(value: float, form: str) -> str:

@@ -16,22 +16,30 @@ from .cli_inputs import (
     ANGLES,
     DTYPE,
     POSITIONS,
+    config_differences,
     convert,
     device_name,
+    differences_text,
     given_positions,
     layer_of_dump,
     load_layer,
     natural_dtype,
+    no_layer,
     other_layer,
 )
 from .plots import check_plot, verification_plot
 from .terminal import DEVICE, JSON, KEY, MODEL, PATH, PLOT, echo_json, table, verdict
 from .verify import Verification, verify_layer
 
+ERRORS = "error: relative L2; of y (max): max |error| / max |y|"
+
 
 @dataclasses.dataclass(frozen=True)
 class _Verified:
-    """What was found of a layer on a file's activations ``shape`` [B, S, H]; ``largest`` is max |k_norm.weight|."""
+    """What was found of a layer on a file's activations ``shape`` [B, S, H].
+
+    ``largest`` is max |k_norm.weight|; ``differences`` are those of the dump's config, None if it says none.
+    """
 
     path: Path
     layer: int
@@ -39,6 +47,7 @@ class _Verified:
     device: str
     largest: float
     shape: tuple[int, ...]
+    differences: list[dict[str, Any]] | None
     result: Verification
 
 
@@ -46,7 +55,8 @@ class _Verified:
 @MODEL
 @click.argument("activations", type=PATH, nargs=-1, required=True)
 @click.option("--layer", "layers", type=int, multiple=True,
-              help="Index of the layer, from 0; can be repeated.  [default: what a dump says, or 0]")  # fmt: skip
+              help="Index of the layer, from 0; can be repeated.  [default: what a dump says, 0 for activations "
+              "without stages]")  # fmt: skip
 @POSITIONS
 @click.option("--tokens", type=click.IntRange(1), default=None, help="Use only the first tokens of each sequence.")
 @KEY
@@ -71,9 +81,9 @@ def verify(
     """Compare layers of MODEL with the float64 reference on ACTIVATIONS, stage by stage.
 
     If ACTIVATIONS is a dump that holds stages (named as `cupy-attn run --stages` does, the output y), the layer is
-    compared with those too. Several files, or several layers on one, get a line each, with the stage that is nearest
-    its bar or furthest past it. --plot draws the error of every stage of one layer beside its bar, and by position.
-    Exit status 1 if any stage of any layer misses its bar.
+    compared with those too, and values of the dump's config that are not MODEL's are named. Several files, or several
+    layers on one, get a line each, with the stage that is nearest its bar or furthest past it. --plot draws the error
+    of every stage of one layer beside its bar, and by position. Exit status 1 if any stage of any layer misses its bar.
     """
     if plot is not None:
         check_plot(plot)
@@ -87,6 +97,7 @@ def verify(
         layer = load_layer(model, index, dtype or natural_dtype(dump.hidden_states), device, angles)
         x = convert(path, dump.hidden_states, layer)
         given = given_positions(positions, dump.positions, x.shape[1])
+        differences = config_differences(path, dump.metadata, layer.config, index)
         if sys.stderr.isatty() and not as_json:
             click.echo(f"  computing the float64 reference of layer {index} ...", err=True)
         result = verify_layer(
@@ -99,7 +110,7 @@ def verify(
             angles=angles,
         )
         largest = layer.weights.k_norm_stats.max_abs
-        return _Verified(path, index, str(layer.dtype), layer.device, largest, x[:, :tokens].shape, result)
+        return _Verified(path, index, str(layer.dtype), layer.device, largest, x[:, :tokens].shape, differences, result)
 
     done = [run(path, index) for path, index in wanted]
     passed = all(one.result.passed for one in done)
@@ -124,6 +135,8 @@ def _layers_of(path: Path, dump: io.Dump, asked: Sequence[int]) -> list[int]:
     """Return the layers to verify on a file's activations; stages can only be compared with their own layer's."""
     said = layer_of_dump(path, dump.metadata)
     if not asked:
+        if dump.stages and said is None:
+            raise no_layer(path)
         return [said or 0]
     for layer in asked:
         if dump.stages and said not in (None, layer):
@@ -136,13 +149,16 @@ def _stage_by_stage(model: Path, one: _Verified) -> str:
     result, (batch, seq, _) = one.result, one.shape
     ran = f"Layer {one.layer} of {model}, {batch} x {seq} tokens, {one.dtype}"
     parts = [f"{ran} on the {device_name(one.device)}, max |k_norm.weight| {one.largest:g}."]
-    for title, rows in (("Against the float64 reference", result.reference), ("Against the dump", result.dump)):
+    reference = f"Against the float64 reference ({ERRORS})"
+    for title, rows in ((reference, result.reference), ("Against the dump (error: relative L2)", result.dump)):
         if rows:
             lines = [(r.stage, f"{r.max_abs:.2e}", f"{r.relative_l2:.2e}", f"{r.bar:.2e}", verdict(r.passed))
                      for r in rows]  # fmt: skip
-            parts.append(f"{title}:\n{table(('stage', 'max abs', 'relative L2', 'bar', 'verdict'), lines)}")
+            parts.append(f"{title}:\n{table(('stage', 'max abs', 'error', 'bar', 'verdict'), lines)}")
     findings = [] if result.departure is None else [result.departure.text]
     findings += [f"Collapse: {sentence}" for sentence in result.collapse]
+    if one.differences:
+        findings.append(f"Config: {differences_text(one.differences)}")
     if findings:
         parts.append("\n".join(findings))
     missed = ", ".join(_misses(result)) or "collapsed"
@@ -153,8 +169,11 @@ def _stage_by_stage(model: Path, one: _Verified) -> str:
 
 def _layer_by_layer(model: Path, done: Sequence[_Verified]) -> str:
     """Return what was found of several layers as text, a line each."""
-    several = len({one.path for one in done}) > 1
-    header = ("layer", "tokens", "dtype", "max |k|", "L2 of y", "worst stage", "its L2", "its bar", "dump", "verdict")
+    paths = {one.path for one in done}
+    names = {path: path.name if len({p.name for p in paths}) == len(paths) else str(path) for path in paths}
+    several = len(paths) > 1
+    header = ("layer", "tokens", "dtype", "max |k|", "error of y", "worst stage", "its error", "its bar", "dump",
+              "verdict")  # fmt: skip
     lines = []
     for one in done:
         result, (batch, seq, _) = one.result, one.shape
@@ -162,17 +181,24 @@ def _layer_by_layer(model: Path, done: Sequence[_Verified]) -> str:
         worst = max(result.reference, key=lambda row: _of_bar(row.relative_l2, row.bar))
         dump = next((row.stage for row in result.dump if not row.passed), "ok") if result.dump else "-"
         lines.append((
-            f"{one.layer}, {one.path.name}" if several else str(one.layer),
+            f"{one.layer}, {names[one.path]}" if several else str(one.layer),
             f"{batch} x {seq}", one.dtype, f"{one.largest:.4g}",
             f"{y.relative_l2:.2e}", worst.stage, f"{worst.relative_l2:.2e}", f"{worst.bar:.2e}", dump,
             verdict(result.passed),
         ))  # fmt: skip
-    missed = [f"{one.layer} ({', '.join(_misses(one.result)) or 'collapsed'})" for one in done
-              if not one.result.passed]  # fmt: skip
+    missed = [
+        f"{one.layer}{f' of {names[one.path]}' if several else ''} ({', '.join(_misses(one.result)) or 'collapsed'})"
+        for one in done
+        if not one.result.passed
+    ]
     end = "All stages of all layers are within their bars."
     if missed:
         end = f"MISSED: layer {'; layer '.join(missed)}. Verify such a layer alone for its stages and where it departs."
-    where = f"{len(done)} layers of {model} on the {device_name(done[0].device)}, against the float64 reference"
+    notes = [f"Config of {names[one.path]}: {differences_text(one.differences)}" for one in done if one.differences]
+    end = "\n".join(dict.fromkeys([end, *notes]))
+    where = (
+        f"{len(done)} layers of {model} on the {device_name(done[0].device)}, against the float64 reference ({ERRORS})"
+    )
     return f"{where}:\n\n{table(header, lines)}\n\n{end}"
 
 
@@ -194,4 +220,5 @@ def _as_json(one: _Verified) -> dict[str, Any]:
         "passed": result.passed, "layer": one.layer, "dtype": one.dtype, "device": one.device,
         "shape": list(one.shape), "reference": rows(result.reference), "dump": rows(result.dump),
         "departure": result.departure and dataclasses.asdict(result.departure), "collapse": result.collapse,
+        "config_differences": one.differences,
     }  # fmt: skip

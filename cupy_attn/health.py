@@ -1,7 +1,7 @@
 """Whether the heads of a layer attend sensibly: scores, entropy, attention sink, and what has gone wrong.
 
 A row is one query's softmax over the T keys it sees. Its entropy is -sum p ln p, at most ln T. A row that sees one key
-gives it all its weight whatever the scores, so it counts neither as collapsed nor as uniform.
+gives it all its weight whatever the scores, so it counts neither as collapsed or one-hot nor as uniform.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from .accuracy import collapsed_key, is_uniform
+from .accuracy import collapsed_key, is_one_hot, is_uniform
 from .config import AttentionConfig
 from .errors import InputError
 from .ops import apply_rope, qk_norm
 from .rope import rope_angles
 from .weights import AttentionWeights
 
-NOT_FINITE, COLLAPSED, UNIFORM, DEAD = FLAGS = ("NaN or Inf", "collapsed", "uniform", "dead")
+NOT_FINITE, COLLAPSED, ONE_HOT, UNIFORM, DEAD = FLAGS = ("NaN or Inf", "collapsed", "one-hot", "uniform", "dead")
 DEAD_OUTPUT = 1e-6  # of the layer's largest |attention|: a head below it is gone in the output's rounding
 BLOCK_SCORES = 1 << 21  # scores held at a time: 16 MB in float64, and some temporaries of that size
 SOURCES = (("q_rope", "k_rope"), ("q_norm", "k_norm"), ("q", "k"))
@@ -244,6 +244,8 @@ def head_health(rows: Rows, attention: np.ndarray | None = None) -> list[HeadHea
             flags.append(NOT_FINITE)
         if collapsed_key(rows.top_key[:, h][telling], rows.top_weight[:, h][telling]) is not None:
             flags.append(COLLAPSED)
+        elif is_one_hot(rows.top_weight[:, h][telling]):
+            flags.append(ONE_HOT)
         if is_uniform(entropy[:, h][telling]):
             flags.append(UNIFORM)
         if output is not None and output[h] <= DEAD_OUTPUT * largest:

@@ -17,6 +17,7 @@ from .errors import FileError
 from .health import HeadHealth, Rows
 from .io import OUTPUT, check_place, write_whole
 from .verify import Verification
+from .weights import PEAK_TO_RMS
 
 BLUE, ORANGE, RED = "tab:blue", "tab:orange", "tab:red"
 STAGE_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "0.5")
@@ -61,14 +62,17 @@ def _save(figure: Any, path: Path) -> None:
 
 
 def norm_plot(rows: Sequence[dict[str, Any]], config: AttentionConfig, model: str, path: Path) -> None:
-    """Draw max, quartiles and median of |norm weight| of every layer, K and Q, with the precise-path threshold."""
+    """Draw max, quartiles and median of |norm weight| of every layer, K and Q, and which take the precise path."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+    threshold = config.precise_threshold
     figure = _new_figure(
         10,
         6.5,
         f"{model}: {config.model_type}, head_dim {config.head_dim}, {config.num_attention_heads}:"
-        f"{config.num_key_value_heads} heads; layers above the threshold take the precise path on a GPU",
+        f"{config.num_key_value_heads} heads\nprecise path: on a GPU these layers compute scores with split products, "
+        f"because max |k_norm.weight| is above {threshold:g} or rms(q_norm.weight) times rms(k_norm.weight) above "
+        f"{threshold / PEAK_TO_RMS:g}",
     )
     layers = [r["layer"] for r in rows]
     panels = figure.subplots(2, 1, sharex=True, sharey=True)
@@ -82,9 +86,7 @@ def norm_plot(rows: Sequence[dict[str, Any]], config: AttentionConfig, model: st
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         axes.set_ylabel(f"|{name}.weight|")
         axes.set_title(f"{title} weights by layer")
-    panels[0].axhline(
-        config.precise_threshold, color="black", linestyle="--", label=f"threshold {config.precise_threshold:g}"
-    )
+    panels[0].axhline(threshold, color="black", linestyle="--", label=f"threshold {threshold:g}")
     label = "precise path"
     for r in rows:
         if r["precise"]:

@@ -116,6 +116,22 @@ def build_offline(arch: str, name: str, macros: Macros) -> Result:
     return _timed(name, macros, arch, build)
 
 
+def known_to_nvrtc(arch: str) -> bool:
+    """Return whether NVRTC compiles for an architecture; True where it cannot be asked, which a build will explain."""
+    try:
+        nvrtc = kernels.import_cupy().cuda.nvrtc
+        program = nvrtc.createProgram("", "empty.cu", (), ())
+    except (ImportError, OSError, RuntimeError):
+        return True
+    try:
+        nvrtc.compileProgram(program, (f"-arch={arch}",))
+    except nvrtc.NVRTCError:
+        return False
+    finally:
+        nvrtc.destroyProgram(program)
+    return True
+
+
 def _timed(name: str, macros: Macros, arch: str | None, build: Callable[[], dict[str, Any]]) -> Result:
     start = time.perf_counter()
     try:

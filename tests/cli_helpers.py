@@ -70,14 +70,14 @@ def read(path):
     return io.load_arrays(path)[0]
 
 
-def dumped(folder, name="dump.npz", **changes):
+def dumped(folder, name="dump.safetensors", **changes):
     """Write a dump of layer 0 with the reference's stages; ``changes`` maps a name to a function of its array."""
     layer, x = layer_of(folder), np.load(folder / "x.npy")[None]
     y, stages = reference.forward(layer.config, layer.weights, x)
     arrays = {"hidden_states": x, "y": y} | {name: stages[name].astype(np.float32) for name in cli.RUN_STAGES}
     for key, change in changes.items():
         arrays[key] = change(arrays[key])
-    io.save_arrays(folder / name, arrays)
+    io.save_arrays(folder / name, arrays, {"layer": "0"})  # which a .npz does not keep
     return folder / name
 
 

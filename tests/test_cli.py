@@ -47,7 +47,7 @@ def test_demo_is_the_same_every_time(tmp_path, model):
         assert {n: (t.dtype, t.tobytes()) for n, t in a.items()} == {n: (t.dtype, t.tobytes()) for n, t in b.items()}
 
 
-def test_what_demo_says_to_try_next_works(made, tmp_path, monkeypatch):
+def test_what_demo_says_to_try_next_works(made, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     lines = (made / "printed").read_text().partition("Try next:\n")[2].splitlines()
     commands = [shlex.split(line) for line in lines]
@@ -55,7 +55,8 @@ def test_what_demo_says_to_try_next_works(made, tmp_path, monkeypatch):
                                                                                      "bench")]  # fmt: skip
     for command in commands:
         invoke(*command[1:])
-    assert set(read(tmp_path / "y.npz")) == {"y", "q_norm", "k_norm", "hidden_states", "positions"}
+    assert json.loads(invoke("verify", model, "y.safetensors", "--json").stdout)["layer"] == 3
+    assert set(read(tmp_path / "y.safetensors")) == {"y", "q_norm", "k_norm", "hidden_states", "positions"}
 
 
 def test_demo_in_a_folder_whose_name_needs_quotes(tmp_path):
@@ -159,7 +160,7 @@ def test_run_writes_the_stages_it_is_asked_for(small, tmp_path, suffix, batched)
         assert set(arrays) == {"y", *names, "hidden_states", "positions"}
         for name in names:
             assert np.array_equal(arrays[name], expected[name] if batched else expected[name][0]), name
-        told = json.loads(invoke("verify", small, out, "--json").stdout)
+        told = json.loads(invoke("verify", small, out, "--layer", 0, "--json").stdout)
         assert {row["stage"] for row in told["dump"]} == {"y", *names}
 
 

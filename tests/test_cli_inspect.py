@@ -10,9 +10,11 @@ from cli_helpers import dumped, invoke, layer_of, png_size, read, refused, write
 from conftest import make_config
 
 import cupy_attn as ca
-from cupy_attn import cuda, demo, io
+from cupy_attn import cuda, demo, io, plots
 from cupy_attn.arrays import STORAGE_DTYPES
+from cupy_attn.bench import MODELS
 from cupy_attn.cpu import CpuBackend
+from cupy_attn.weights import read_norm_stats
 
 # inspect, doctor, bench
 
@@ -50,6 +52,19 @@ def test_inspect_draws_a_png(small, tmp_path):
     pytest.importorskip("matplotlib")
     assert f"Wrote {tmp_path / 'k.png'}." in invoke("inspect", small, "--plot", tmp_path / "k.png").stdout
     assert png_size(tmp_path / "k.png") == (1200, 780)
+
+
+def test_the_picture_says_why_a_layer_is_shaded(model, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    drawn = []
+    monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
+    invoke("inspect", model, "--plot", tmp_path / "k.png")
+    caption = " ".join(drawn[0].get_supxlabel().split())
+    assert "max |k_norm.weight| is above 20 or rms(q_norm.weight) times rms(k_norm.weight) above 2.5" in caption
+    for layer, q, k in read_norm_stats(model, ca.AttentionConfig.from_pretrained(model)):
+        precise = k.max_abs > 20 or q.rms * k.rms > 2.5
+        spans = [patch.get_x() for patch in drawn[0].axes[0].patches]
+        assert (layer - 0.5 in spans) == precise
 
 
 def test_inspect_of_a_dump_says_what_each_head_does(model):
@@ -118,7 +133,7 @@ def test_inspect_draws_the_entropy_of_a_dump(small, tmp_path):
 
 
 def test_inspect_refuses_dumps_that_do_not_fit(small, model, tmp_path):
-    path, named = dumped(small), model / "dump-layer0.safetensors"
+    path, named = dumped(small, "dump.npz"), model / "dump-layer0.safetensors"
     refused("inspect", small, "--layer", 0, status=2, says="pass it with --dump")
     refused("inspect", small, "--key", "x", status=2, says="pass it with --dump")
     refused("inspect", small, "--dump", tmp_path / "none.npz", says="does not exist")
@@ -167,6 +182,27 @@ def test_bench_times_every_phase(small):
     phases = list(times.values())[:7]
     assert times["phases together"]["median_us"] == pytest.approx(sum(row["median_us"] for row in phases))
     assert "phases together" in invoke("bench", "--model", small, *options).stdout
+
+
+def test_bench_takes_no_more_tokens_than_the_model_has_positions(small, tmp_path):
+    config = json.loads((small / "config.json").read_text()) | {"max_position_embeddings": 200}
+    (small / "config.json").write_text(json.dumps(config))
+    options = ("--model", small, "--repeats", 1)
+    assert json.loads(invoke("bench", *options, "--json").stdout)["tokens"] == [199]
+    assert json.loads(invoke("bench", *options, "--json", "--tokens", 199).stdout)["tokens"] == [199]
+    refused("bench", *options, "--tokens", 3, "--tokens", 200, says="--tokens 200 and a token decoded after them are "
+            "more than the model's 200 positions; pass --tokens 199 or fewer.")  # fmt: skip
+    pytest.importorskip("matplotlib")
+    told = json.loads(invoke("bench", *options, "--json", "--plot", tmp_path / "b.png").stdout)
+    assert told["tokens"] == [128, 199]
+
+
+def test_bench_names_the_published_sizes(tmp_path):
+    sizes = ", ".join(MODELS)
+    for name in ("7B", tmp_path / "none"):
+        refused("bench", "--model", name, says=f"--model {name} does not exist and is no published size; name a model "
+                f"folder or one of {sizes}.")  # fmt: skip
+    refused("bench", "--model", tmp_path, says=f"{tmp_path / 'config.json'} does not exist; name a model folder")
 
 
 def test_bench_times_several_lengths_and_draws_them(small, tmp_path):

@@ -24,6 +24,7 @@ def test_verify_passes_and_shows_every_stage(small):
     for stage in (*cli.RUN_STAGES, "y", "y (max)", "y (decode)"):
         assert f"\n{stage} " in printed
     assert "Against the dump" in printed
+    assert "error: relative L2; of y (max): max |error| / max |y|" in printed
     assert "All stages are within their bars." in printed
     assert "Against the dump" not in invoke("verify", small, small / "x.npy").stdout
 
@@ -40,16 +41,17 @@ def test_verify_passes_with_every_option(small, dtype, options):
 
 
 def test_verify_with_tokens_cuts_the_dump_and_its_positions(small):
-    path = dumped(small)
+    path = dumped(small, "dump.npz")
     arrays = read(path) | {"positions": np.arange(7)}
     arrays["y"][:, 4:] = np.nan
     arrays["lse"][:, :, 4:] = np.nan
     np.savez(path, **arrays)
-    invoke("verify", small, path, "--tokens", 4)
-    assert "MISSED: lse, y;" in invoke("verify", small, path, status=1).stdout
+    invoke("verify", small, path, "--layer", 0, "--tokens", 4)
+    assert "MISSED: lse, y;" in invoke("verify", small, path, "--layer", 0, status=1).stdout
 
 
-VERIFY_KEYS = {"passed", "layer", "dtype", "device", "shape", "reference", "dump", "departure", "collapse"}
+VERIFY_KEYS = {"passed", "layer", "dtype", "device", "shape", "reference", "dump", "departure", "collapse",
+               "config_differences"}  # fmt: skip
 
 
 @pytest.mark.parametrize("stage", [*cli.RUN_STAGES, "y"])
@@ -103,6 +105,62 @@ def test_verify_takes_the_layer_that_a_dump_says(small):
     refused("verify", small, path, "--layer", 0, says="is of layer 1, not 0; leave out --layer")
 
 
+def test_verify_does_not_guess_the_layer_of_stages(small, tmp_path):
+    path = tmp_path / "y.npz"
+    invoke("run", small, small / "x.npy", "--layer", 1, "--out", path, "--stages", "q_norm")
+    refused("verify", small, path, says=f"{path} does not say which layer it is of; pass --layer.")
+    refused("verify", small, small / "x.npy", path, says=f"{path} does not say which layer it is of; pass --layer.")
+    assert json.loads(invoke("verify", small, path, "--layer", 1, "--json").stdout)["layer"] == 1
+    np.savez(path, x=np.load(small / "x.npy"), positions=np.arange(7))
+    assert json.loads(invoke("verify", small, path, "--json").stdout)["layer"] == 0
+
+
+OTHER_VALUES = {
+    "nothing": ({}, None),
+    "theta": ({"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}},
+              "rope_theta 10000.0, the model has 1000000.0"),
+    "eps, bias": ({"rms_norm_eps": 1e-5, "attention_bias": True},
+                  "rms_norm_eps 1e-05, the model has 1e-06; attention_bias true, the model has false"),
+    "scaling": ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}},
+                "rope_type linear, the model has default; factor 2.0, the model has 1.0"),
+    "window of this layer": ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 0},
+                             "sliding_window 8, the model has null"),
+    "window of another layer": ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1,
+                                 "layer_types": ["full_attention", "sliding_attention"], "num_hidden_layers": 2}, None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", OTHER_VALUES)
+def test_a_dump_of_another_config_says_what_differs(small, kind):
+    changes, says = OTHER_VALUES[kind]
+    path = dumped(small)
+    arrays, metadata = io.load_arrays(path)
+    config = json.loads((small / "config.json").read_text())
+    (small / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
+    io.save_arrays(path, arrays, metadata | {"config": json.dumps(config | {"num_hidden_layers": 2} | changes)})
+    line = None if says is None else f"the dump was made with {says}."
+    for printed in (invoke("verify", small, path).stdout, invoke("inspect", small, "--dump", path).stdout):
+        assert [text for text in printed.splitlines() if text.startswith("Config")] == [f"Config: {line}"] * bool(line)
+    both = invoke("verify", small, path, dumped(small, "plain.safetensors")).stdout
+    passed = "All stages of all layers are within their bars."
+    assert both.splitlines()[-1] == (f"Config of {path.name}: {line}" if line else passed)
+    for told in (json.loads(invoke("verify", small, path, "--json").stdout),
+                 json.loads(invoke("inspect", small, "--dump", path, "--json").stdout)["dumps"][0]):  # fmt: skip
+        differences = told["config_differences"]
+        assert bool(differences) == bool(says)
+        assert all(f"{one['name']} " in says and one["dump"] != one["model"] for one in differences)
+
+
+def test_a_dump_without_a_config_or_with_a_damaged_one(small):
+    path = dumped(small)
+    assert json.loads(invoke("verify", small, path, "--json").stdout)["config_differences"] is None
+    arrays, metadata = io.load_arrays(path)
+    for bad in ("{", "[]", "{}", '{"hidden_size": "wide"}', "null"):
+        io.save_arrays(path, arrays, metadata | {"config": bad})
+        refused("verify", small, path, says=f"{path} holds a config that cannot be read (")
+        refused("inspect", small, "--dump", path, says=f"{path} holds a config that cannot be read (")
+
+
 def test_verify_of_several_dumps_is_one_table(small):
     paths = [dumped_by_run(small, layer) for layer in (0, 1)]
     printed = invoke("verify", small, *paths).stdout
@@ -123,10 +181,20 @@ def test_verify_of_several_names_the_layer_that_misses(small):
     arrays, metadata = io.load_arrays(path)
     io.save_arrays(path, arrays | {"k_norm": arrays["k_norm"] * 2}, metadata)
     printed = invoke("verify", small, dumped(small), path, status=1).stdout
-    assert "MISSED: layer 1 (k_norm). Verify such a layer alone" in printed
+    assert "MISSED: layer 1 of run-layer1.safetensors (k_norm). Verify such a layer alone" in printed
     lines = [line.split() for line in printed.splitlines() if line.endswith((" ok", " MISSED"))]
     assert [line[-2:] for line in lines] == [["ok", "ok"], ["k_norm", "MISSED"]]
     assert json.loads(invoke("verify", small, dumped(small), path, "--json", status=1).stdout)["passed"] is False
+
+
+def test_files_of_the_same_name_are_told_apart(small, tmp_path):
+    (tmp_path / "other").mkdir()
+    path, other = dumped(small), tmp_path / "other" / "dump.safetensors"
+    arrays, metadata = io.load_arrays(path)
+    io.save_arrays(other, arrays | {"y": arrays["y"] * 2}, metadata)
+    printed = invoke("verify", small, path, other, status=1).stdout
+    assert f"MISSED: layer 0 of {other} (y). " in printed
+    assert [line.split()[1] for line in printed.splitlines() if line.startswith("0, ")] == [str(path), str(other)]
 
 
 def test_verify_of_several_layers_on_the_same_activations(small, tmp_path):
@@ -160,9 +228,9 @@ def test_verify_notices_a_backend_that_is_wrong(small, monkeypatch, damage):
 
 def test_verify_refuses_a_dump_that_does_not_fit(small):
     for change in (lambda a: a[:, :-1], lambda a: a[..., 0], lambda a: a.astype(str), lambda a: np.zeros(())):
-        path = dumped(small, q_norm=change)
-        refused("verify", small, path, says="the dump's q_norm")
-        refused("verify", small, path, "--tokens", 2, says="the dump's q_norm")
+        path = dumped(small, "dump.npz", q_norm=change)
+        refused("verify", small, path, "--layer", 0, says="the dump's q_norm")
+        refused("verify", small, path, "--layer", 0, "--tokens", 2, says="the dump's q_norm")
 
 
 def test_verify_refuses_more_tokens_than_the_reference_takes(small, tmp_path):

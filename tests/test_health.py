@@ -141,10 +141,26 @@ def test_one_key_of_nearly_all_rows_that_have_one_is_collapse():
     assert collapsed_key(keys, weights) is None
 
 
-def test_a_head_that_looks_at_the_token_itself_is_not_collapsed():
+def test_a_head_on_one_key_a_row_is_one_hot_and_not_collapsed():
     (head,) = health.head_health(measure(20 * np.eye(SEQ)))
-    assert head.flags == ()
+    assert head.flags == (health.ONE_HOT,)
     assert head.relative_entropy < 1e-5
+    for first, flags in ((4, ()), (3, (health.ONE_HOT,))):  # 37 and 38 of 40 rows
+        scores = 20 * np.eye(SEQ)
+        scores[1:first] = 0
+        assert health.head_health(measure(scores))[0].flags == flags
+
+
+def test_scores_that_a_norm_blew_up_leave_no_head_healthy():
+    config = make_config()
+    weights = make_weights(config, k_norm_max=44.5)
+    positions = np.arange(64)[None]
+    _, stages = reference.forward(config, weights, make_hidden(config, 1, 64), positions=positions)
+    for scale, flags in ((1.0, set()), (96.5, {health.ONE_HOT})):
+        pair = {"q_rope": stages["q_rope"] * scale, "k_rope": stages["k_rope"]}
+        found = health.head_health(health.measure_dump(pair, config, weights, positions)[1])
+        assert {flag for head in found for flag in head.flags} == flags
+        assert all(bool(head.flags) == bool(flags) for head in found)
 
 
 @pytest.mark.parametrize(("window", "seq"), [(None, 1), (1, 9)])

@@ -251,7 +251,8 @@ def test_warmup_prints_one_json_object(small_kernels, model):
     printed = invoke("warmup", model, "--arch", "sm_86", "--dtype", "float16", "--json")
     assert printed.stderr == ""
     told = json.loads(printed.stdout)
-    assert set(told) == {"model", "dtypes", "layers", "built", "cached", "failed", "seconds", "kernels"}
+    assert set(told) == {"model", "dtypes", "layers", "built", "cached", "failed", "seconds", "no_kernels",
+                         "kernels"}  # fmt: skip
     assert (told["dtypes"], told["built"], told["cached"], told["failed"]) == (["float16"], 3, 0, 0)
     for row in told["kernels"]:
         assert set(row) == {"name", "macros", "arch", "status", "seconds", "registers", "spill_bytes", "error"}
@@ -304,10 +305,21 @@ def test_a_kernel_that_does_not_compile_is_reported_and_the_others_are_built(
     assert "no such path" in next(row["error"] for row in told["kernels"] if row["error"])
 
 
-def test_an_architecture_that_nvrtc_does_not_know_is_its_own_message(small_kernels, model):
-    printed = invoke("warmup", model, "--arch", "sm_13", status=1)
-    assert "invalid value for --gpu-architecture" in printed.stderr
-    assert printed.stdout.splitlines()[-1].endswith(", 6 failed.")
+@pytest.mark.parametrize("arch", ["sm_99", "sm_90z", "sm_86a"])
+def test_an_architecture_that_nvrtc_does_not_know_is_refused(small_kernels, model, arch):
+    line = refused("warmup", model, "--arch", "sm_80", "--arch", arch, status=2, says=f"--arch {arch}: this NVRTC")
+    assert line.endswith("; name one that it does, such as sm_80, sm_86, sm_89, sm_90a, sm_100, sm_120.")
+
+
+def test_what_has_no_kernels_is_said(model):
+    printed = invoke("warmup", model, "--arch", "sm_90a", "--dtype", "float32")
+    assert printed.stderr == (
+        "Note: layers in float32 have no kernels and run as separate array operations, because the storage dtype is "
+        "float32.\n"
+    )
+    assert re.fullmatch(SUMMARY, printed.stdout.strip()).groups() == ("0", "0", None)
+    told = json.loads(invoke("warmup", model, "--arch", "sm_90a", "--dtype", "float32", "--json").stdout)
+    assert (told["no_kernels"], told["kernels"]) == ({"float32": "the storage dtype is float32"}, [])
 
 
 def test_a_missing_nvrtc_is_said_once(small_kernels, model, monkeypatch):
@@ -329,6 +341,7 @@ def test_what_warmup_cannot_do_is_refused_before_anything_is_built(
     refused("warmup", model, "--layers", "0,9", says="--layers 0,9 asks for layer 9, the checkpoint has 0 to 3;")
     refused("warmup", model, "--layers", "0-99999999999", says="asks for layer 99999999999")
     refused("warmup", model, "--arch", "90a", status=2, says="--arch 90a: name one as NVRTC does, such as sm_80")
+    refused("warmup", model, "--arch", "sm_75", status=2, says="--arch sm_75: the kernels need compute capability 8.0;")
     refused("warmup", model, "--dtype", "int8", status=2, says="int8")
     refused("warmup", tmp_path / "none", says="does not exist")
     (model / "model.safetensors").unlink()
