@@ -31,7 +31,7 @@ from .errors import CupyAttnError, CupyAttnWarning, DeviceError, FileError, Inpu
 from .layer import Attention
 from .plan import check_cache, check_positions
 from .reference import STAGES
-from .terminal import DEVICE, JSON, KEY, MODEL, PATH, echo_json, table, verdict
+from .terminal import DEVICE, JSON, KEY, MODEL, PATH, echo_json, layer_ranges, table, verdict
 from .verify import verify_layer
 from .weights import AttentionWeights, NormStats, read_norm_stats
 
@@ -252,7 +252,7 @@ def warmup(
 
     for arch in archs:
         _check_arch(arch)
-    ranges = _layer_ranges(layers)
+    ranges = layer_ranges(layers)
     if not archs:
         _check_gpu_and_cache()
     config = AttentionConfig.from_pretrained(model)
@@ -391,17 +391,6 @@ def _check_arch(arch: str) -> None:
         )
     if not known_to_nvrtc(arch):
         raise click.UsageError(f"--arch {arch}: this NVRTC does not know it; name one that it does, such as {tested}.")
-
-
-def _layer_ranges(option: str) -> list[tuple[int, int]] | None:
-    """Read "0,5-7" as [(0, 0), (5, 7)] and "all" as None."""
-    if option == "all":
-        return None
-    found = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in option.split(",")]
-    ranges = [(int(m[1]), int(m[2] or m[1])) for m in found if m]
-    if len(ranges) < len(found) or any(first > last for first, last in ranges):
-        raise click.UsageError(f"--layers {option}: give 'all', or layers and ranges of them such as 0,5-7.")
-    return ranges
 
 
 def _chosen_layers(

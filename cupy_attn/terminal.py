@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -48,3 +49,14 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def verdict(passed: bool) -> str:
     """Return what a check says."""
     return "ok" if passed else "MISSED"
+
+
+def layer_ranges(option: str) -> list[tuple[int, int]] | None:
+    """Read the option --layers: "0,5-7" as [(0, 0), (5, 7)] and "all" as None."""
+    if option == "all":
+        return None
+    found = [re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part) for part in option.split(",")]
+    ranges = [(int(m[1]), int(m[2] or m[1])) for m in found if m]
+    if len(ranges) < len(found) or any(first > last for first, last in ranges):
+        raise click.UsageError(f"--layers {option}: give 'all', or layers and ranges of them such as 0,5-7.")
+    return ranges

@@ -27,9 +27,9 @@ import transformers
 import cupy_attn as ca
 from cupy_attn import io
 from cupy_attn.arrays import as_array
-from cupy_attn.cli import _layer_ranges
 from cupy_attn.errors import CupyAttnError, FileError
 from cupy_attn.health import measure_rows
+from cupy_attn.terminal import layer_ranges
 
 DTYPES = ("auto", "float16", "bfloat16", "float32")
 
@@ -133,7 +133,7 @@ def layers_of(option: str, count: int) -> list[int]:
     click.ClickException
         The model has no such layer.
     """
-    ranges = _layer_ranges(option)
+    ranges = layer_ranges(option)
     if ranges is None:
         return list(range(count))
     largest = max(last for _, last in ranges)
