@@ -15,11 +15,13 @@ from .arrays import STORAGE_DTYPES
 from .bench import DECODE, MODELS, PREFILL, TOGETHER, Timing, model_config, run_bench
 from .config import AttentionConfig
 from .errors import InputError
-from .plots import Curve, Panel, check_plot, times_plot
+from .plots import Curve, Panel, check_plot, speed_plot
 from .terminal import DEVICE, JSON, PLOT, echo_json, table
 from .threads import workers
 
 TOKENS, PLOT_TOKENS = (512,), (128, 256, 512, 1024, 2048)
+
+TIME = "time (µs)"
 
 
 @click.command()
@@ -105,8 +107,8 @@ def _draw(rows: Sequence[Timing], caption: str, path: Path) -> None:
     phases = [what for what in dict.fromkeys(row.what for row in rows) if what not in left_out]
     prompt = [curve(PREFILL, "layer"), curve(TOGETHER, TOGETHER), *(curve(what, what) for what in phases)]
     panels = [
-        Panel("Prefill of one attention layer", "tokens of the prompt", prompt),
-        Panel("Decode of one attention layer", "context (tokens)", [curve(DECODE, "layer")]),
+        Panel("Prefill of one attention layer", "tokens of the prompt", TIME, prompt),
+        Panel("Decode of one attention layer", "context (tokens)", TIME, [curve(DECODE, "layer")]),
     ]
-    times_plot(panels, f"Qwen3, {caption}\nmedians of single calls; phases are separate array "
-               "operations", "time (µs)", path)  # fmt: skip
+    speed_plot(panels, f"Qwen3, {caption}\nmedians of single calls; phases are separate array "
+               "operations", path)  # fmt: skip

@@ -21,7 +21,7 @@ from .weights import PEAK_TO_RMS
 
 BLUE, ORANGE, RED = "tab:blue", "tab:orange", "tab:red"
 STAGE_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "0.5")
-FLOOR = "floor"  # label of the least time possible
+ROOFLINE = "roofline"  # label of the least time possible, or the highest rate
 LETTERS_PER_INCH = 14  # of the small print, on average with some to spare
 MOST_INCHES = 500  # of a figure's height: Agg draws up to 65535 pixels
 LARGE_MARKS = 64  # tokens up to which the points of a curve are large
@@ -195,11 +195,11 @@ def _token_curves(axes: Any, result: Verification) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Curve:
-    """Times of one thing over tokens; one labelled ``floor`` is drawn as a bound, the first of a panel as ours."""
+    """One thing over tokens; one labelled ``roofline`` is drawn as a bound, the first of a panel as ours."""
 
     label: str
     tokens: Sequence[int]
-    times: Sequence[float]
+    values: Sequence[float]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,11 +208,12 @@ class Panel:
 
     title: str
     label_x: str
+    label_y: str
     curves: Sequence[Curve]
 
 
-def times_plot(panels: Sequence[Panel], caption: str, label_y: str, path: Path) -> None:
-    """Draw times over tokens, both on log axes, a label in the same colour everywhere."""
+def speed_plot(panels: Sequence[Panel], caption: str, path: Path) -> None:
+    """Draw times or rates over tokens, both on log axes, a label in the same colour everywhere."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
@@ -220,17 +221,17 @@ def times_plot(panels: Sequence[Panel], caption: str, label_y: str, path: Path) 
     figure = _new_figure(1.6 + 4.2 * columns, 0.8 + 3.6 * rows, caption)
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     ours = {panel.curves[0].label for panel in panels}
-    others = dict.fromkeys(c.label for p in panels for c in p.curves if c.label not in {*ours, FLOOR})
+    others = dict.fromkeys(c.label for p in panels for c in p.curves if c.label not in {*ours, ROOFLINE})
     styles: dict[str, dict[str, Any]] = {
         label: {"color": color, "linewidth": 1, "markersize": 5}
         for label, color in zip(others, itertools.cycle((ORANGE, *STAGE_COLORS)), strict=False)
     }
     styles |= {label: {"color": BLUE, "linewidth": 2.5, "markersize": 7} for label in ours}
-    styles[FLOOR] = {"color": "black", "linewidth": 1, "linestyle": "--", "markersize": 3}
+    styles[ROOFLINE] = {"color": "black", "linewidth": 1, "linestyle": "--", "markersize": 3}
     drawn: dict[str, Any] = {}
     for axes, panel in zip(grid, panels, strict=False):
         for curve in panel.curves:
-            (drawn[curve.label],) = axes.plot(curve.tokens, curve.times, marker="o", **styles[curve.label])
+            (drawn[curve.label],) = axes.plot(curve.tokens, curve.values, marker="o", **styles[curve.label])
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
         axes.xaxis.set_major_locator(FixedLocator(sorted({n for curve in panel.curves for n in curve.tokens})))
@@ -244,7 +245,7 @@ def times_plot(panels: Sequence[Panel], caption: str, label_y: str, path: Path) 
         axes.grid(alpha=0.3)
         axes.set_title(panel.title)
         axes.set_xlabel(panel.label_x)
-        axes.set_ylabel(label_y)
+        axes.set_ylabel(panel.label_y)
     for axes in grid[len(panels) :]:
         axes.remove()
     figure.legend(drawn.values(), drawn, loc="outside right upper", fontsize="small")

@@ -213,7 +213,7 @@ def chosen_cases(kind: str | None, texts: Sequence[str]) -> list[Case]:
 @click.option("--budget", type=click.FloatRange(min=0), default=480.0, show_default=True, metavar="SECONDS",
               help="Start no case after that.")  # fmt: skip
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything here, after each case.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw times over tokens as a PNG.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw decode's times and prefill's rates as a PNG.")
 @click.option(
     "--from", "earlier", type=click.Path(path_type=Path, exists=True), help="Print a run's JSON; time nothing."
 )

@@ -189,7 +189,7 @@ def traffic_table(rows: list[dict[str, Any]]) -> str:
 @click.option("--baseline", is_flag=True, help="Time the layer as separate operations too, two ways.")
 @click.option("--replays", type=click.IntRange(min=15), default=21, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything here too.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw times over tokens as a PNG.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw decode's times and prefill's rates as a PNG.")
 @click.option("--traffic", "show_traffic", is_flag=True, help="Print the bytes that layers move instead of times.")
 @click.option("--profile", "profiled", metavar="MODEL:BATCH:TOKENS", help="Run one case for ncu; needs a kind.")
 @click.option("--what", type=click.Choice(list(STACKS)), default="ours", show_default=True, help="With --profile.")

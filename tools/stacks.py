@@ -30,7 +30,7 @@ from cupy_attn import cuda
 from cupy_attn.arrays import storage_dtype
 from cupy_attn.bench import MODELS, model_config, random_layer
 from cupy_attn.errors import FileError
-from cupy_attn.plots import Curve, Panel, check_plot, times_plot
+from cupy_attn.plots import ROOFLINE, Curve, Panel, check_plot, speed_plot
 
 WORKING_SET = 256 << 20
 MIN_LAYERS, MAX_LAYERS = 8, 28  # with fewer, the start of a graph is a good part of a layer's time
@@ -270,7 +270,11 @@ class CupyOps(Separate):
 
 
 STACKS: dict[str, type[Stack]] = {"ours": Ours, "cupy": CupyOps, "separate": Separate}
-AXES = {"decode": "context (tokens)", "prefill": "new tokens"}
+# Labels of both axes of a plot, and what is drawn of a row and a time of it.
+AXES: dict[str, tuple[str, str, Callable[[Mapping[str, Any], float], float]]] = {
+    "decode": ("context (tokens)", "µs a layer", lambda row, us: us),
+    "prefill": ("new tokens", "TFLOP/s", lambda row, us: row["tflop_s"] * row["ours_us"] / us),
+}
 BASELINES = {"cupy": "CuPy ops", "separate": "row kernels + cuBLAS"}
 
 
@@ -285,7 +289,7 @@ def check_drawing(path: Path) -> None:
 def draw_rows(report: Mapping[str, Any], labels: Mapping[str, str], path: Path) -> None:
     """Draw the rows of a report over their tokens: a panel for each kind, model and batch with several lengths.
 
-    Where no case has a second length, every case is drawn. Says which are not.
+    Decode as times, prefill as rates. Where no case has a second length, every case is drawn. Says which are not.
     """
     groups: dict[tuple[str, str, int], list[dict[str, Any]]] = {}
     for row in report["rows"]:
@@ -294,17 +298,18 @@ def draw_rows(report: Mapping[str, Any], labels: Mapping[str, str], path: Path) 
     panels = []
     for (kind, model, batch), unsorted in (several or groups).items():
         rows = sorted(unsorted, key=lambda row: row["tokens"])
+        label_x, label_y, value = AXES[kind]
         curves = [
             Curve(label, *zip(*points, strict=True))
-            for name, label in {"ours": "cupy_attn", **labels, "floor": "floor"}.items()
-            if (points := [(row["tokens"], row[f"{name}_us"]) for row in rows if f"{name}_us" in row])
+            for name, label in {"ours": "cupy_attn", **labels, "floor": ROOFLINE}.items()
+            if (points := [(row["tokens"], value(row, row[f"{name}_us"])) for row in rows if f"{name}_us" in row])
         ]
-        panels.append(Panel(f"{kind.capitalize()}: {model}, batch {batch}", AXES[kind], curves))
+        panels.append(Panel(f"{kind.capitalize()}: {model}, batch {batch}", label_x, label_y, curves))
     info = report["machine"]
     caption = (f"One Qwen3 attention layer, {report['dtype']}, {info['gpu']}, driver {info['driver']}, CuPy "
-               f"{info['cupy']}, cupy_attn {ca.__version__}\nmicroseconds a layer of a stack in a CUDA graph, medians; "
-               "floor: weights and cache read, or products done, at the rates measured in the same run")  # fmt: skip
-    times_plot(panels, caption, "µs a layer", path)
+               f"{info['cupy']}, cupy_attn {ca.__version__}\na layer of a stack in a CUDA graph, medians; roofline: "
+               "weights and cache read, or products done, at the rates measured in the same run")  # fmt: skip
+    speed_plot(panels, caption, path)
     click.echo(f"Wrote {path}.")
     left_out = [
         f"{kind} {model}:{batch}:{rows[0]['tokens']}"
