@@ -116,7 +116,9 @@ def verify(
     passed = all(one.result.passed for one in done)
     if plot is not None:
         one = done[0]
-        caption = f"{model}, layer {one.layer}, {one.dtype} on the {device_name(one.device)}, cupy_attn {__version__}"
+        said = "passed" if one.result.passed else "missed a bar"
+        caption = (f"{one.path} by layer {one.layer} of {model}, {one.dtype} on the {device_name(one.device)}: {said}; "
+                   f"cupy_attn {__version__}")  # fmt: skip
         verification_plot(one.result, caption, plot)
     if as_json:
         found = [_as_json(one) for one in done]
