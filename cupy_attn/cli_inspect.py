@@ -87,6 +87,7 @@ class _Inspected:
 
     path: Path
     layer: int
+    dtype: str
     positions: np.ndarray
     source: str
     rows: health.Rows
@@ -108,7 +109,8 @@ def _read_dump(model: Path, config: AttentionConfig, path: Path, layer: int | No
         raise InputError(f"{path}: {error}") from None
     heads = health.head_health(rows, stages.get("attention"))
     differences = config_differences(path, dump.metadata, config, layer)
-    return _Inspected(path, layer, positions, source, rows, heads, differences)
+    dtype = dump.metadata.get("dtype", str(dump.hidden_states.dtype))
+    return _Inspected(path, layer, dtype, positions, source, rows, heads, differences)
 
 
 def _layer_of(path: Path, metadata: dict[str, str], asked: int | None) -> int:
@@ -131,7 +133,7 @@ def _inspect_dumps(
             f"{model}, {config.num_attention_heads}:{config.num_key_value_heads} heads, cupy_attn {__version__}\n"
             "1: even over the keys a token sees; 0: all on one of them; grey: it sees one key only, or NaN or Inf"
         )
-        panels = [(f"{d.path.name}, layer {d.layer}", d.rows, d.heads, d.positions) for d in found]
+        panels = [(f"{d.path.name}, layer {d.layer}, {d.dtype}", d.rows, d.heads, d.positions) for d in found]
         entropy_plot(panels, caption, plot)
     if as_json:
         echo_json({"model": str(model), "dumps": [
