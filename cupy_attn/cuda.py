@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import warnings
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from . import kernels, launch
+from . import kernels, launch, wgmma
 from .cache import KVCache
 from .config import AttentionConfig
 from .errors import InputError, SlowPathWarning
@@ -20,6 +21,7 @@ from .plan import Plan
 from .rope import inverse_frequencies
 from .separate import SeparateOps
 from .steps import Step
+from .tensor_maps import tensor_map
 from .weights import AttentionWeights, takes_precise_path
 from .workspace import workspace_of
 
@@ -29,6 +31,11 @@ MIN_CAPABILITY = (8, 0)
 OPERAND_BITS, VALUE_BITS = 15, 11
 PREFILL_STAGES = (
     "input_norm", "q", "k", "v", "q_norm", "k_norm", "q_rope", "k_rope", "row_max", "lse", "attention", "output",
+)  # fmt: skip
+# Fields of the call that a tensor map is made of.
+MAPPED = (
+    "hidden", "qkv_proj", "q", "k", "v", "v_cache", "attention", "o_proj", "batch", "seq", "capacity",
+    "scratch_capacity",
 )  # fmt: skip
 
 
@@ -66,10 +73,11 @@ def limits(device_id: int) -> Limits:
         num_sms=attributes["MultiProcessorCount"],
         block_smem=attributes["MaxSharedMemoryPerBlockOptin"],
         sm_smem=attributes["MaxSharedMemoryPerMultiprocessor"],
+        wgmma=wgmma.is_wanted() and kernels.runs_wgmma(kernels.current_arch()),
     )
 
 
-H200 = Limits(num_sms=132, block_smem=232448, sm_smem=233472)
+H200 = Limits(num_sms=132, block_smem=232448, sm_smem=233472, wgmma=True)
 """What specialisations are listed for where there is no GPU."""
 
 
@@ -85,11 +93,14 @@ def specialisations(
 
         gpu = limits(cupy.cuda.Device().id)
     shape = Shape(dtype.name, config.head_dim, precise, windowed, float32_angles=False)
+    prompts = [(gpu, rows) for rows in (1, 128, 512, 1024, 2048, 1 << 16)]
+    if gpu.wgmma:  # few tokens and stages still take the kernels of other GPUs
+        prompts += [(dataclasses.replace(gpu, wgmma=False), rows) for rows in (1, 1 << 16)]
     launches = [
         *(
             one
-            for rows in (1, 1 << 16)
-            for one in launch.prefill(config, shape, gpu, 1, rows, past_tiles=0, collect=False)
+            for offered, rows in prompts
+            for one in wgmma.prefill(config, shape, offered, 1, rows, past_tiles=0, collect=False)
         ),
         *(one for batch in (1, 64) for one in launch.decode(config, shape, gpu, batch)),
     ]
@@ -241,7 +252,7 @@ class CudaBackend:
         scratch = cache.capacity if capturing else min(cache.capacity, _bucket(past + plan.seq))
         y, keep = self._prepare(plan, cache, launches, scratch, past_tiles, capturing=capturing, decode=decode)
         stream, call = self.xp.cuda.get_current_stream(), self._call.copy()
-        bound = [self._launcher(one).bind(call, stream) for one in launches]
+        bound = [self._launcher(one).bind(call, stream, self._maps(one, call)) for one in launches]
         for run in bound:
             run()
         del keep
@@ -285,6 +296,24 @@ class CudaBackend:
             launcher = self._launchers[one] = Launcher(one)
         return launcher
 
+    def _maps(self, one: Launch, filled_in: np.ndarray) -> bytes:
+        """Return the tensor maps of a kernel's arrays, for one call."""
+        if not one.boxes:
+            return b""
+        call, config = {name: int(filled_in[name][0]) for name in MAPPED}, self._config
+        rows, heads = call["batch"] * call["seq"], call["batch"] * config.num_key_value_heads
+        v = ("v_cache", "capacity") if self._shape.dtype == "float16" else ("v", "scratch_capacity")
+        matrices = {  # address, columns, rows
+            "hidden": (call["hidden"], launch.HIDDEN_PARTS * config.hidden_size, rows),
+            "qkv_proj": (call["qkv_proj"], config.hidden_size, config.q_size + 2 * config.kv_size),
+            "q": (call["q"], config.q_size, self._shape.parts * rows),
+            "k": (call["k"], config.head_dim, self._shape.parts * heads * call["scratch_capacity"]),
+            "v": (call[v[0]], config.head_dim, heads * call[v[1]]),
+            "attention": (call["attention"], config.q_size, rows),
+            "o_proj": (call["o_proj"], config.q_size, config.hidden_size),
+        }
+        return b"".join(tensor_map(*matrices[name], box_rows) for name, box_rows in one.boxes)
+
     def _outgrown(self, plan: Plan) -> bool:
         """Whether dynamic RoPE has left the length whose angles the kernels have."""
         if self._config.rope.rope_type != "dynamic":
@@ -296,8 +325,8 @@ class CudaBackend:
         config, shape, limits = self._config, self._shape, self._limits
         if decode:
             return launch.decode(config, shape, limits, plan.batch)
-        return launch.prefill(config, shape, limits, plan.batch, plan.seq, past_tiles=past_tiles,
-                              collect=plan.stages is not None)  # fmt: skip
+        return wgmma.prefill(config, shape, limits, plan.batch, plan.seq, past_tiles=past_tiles,
+                             collect=plan.stages is not None)  # fmt: skip
 
     def _prepare(
         self, plan: Plan, cache: KVCache, launches: list[Launch], scratch: int, past_tiles: int, *, capturing: bool,
@@ -331,6 +360,8 @@ class CudaBackend:
         else:
             buffers["q"] = (parts, batch * seq, heads, dim), np.float16
             buffers["k"] = (parts, batch, kv_heads, scratch, dim), np.float16
+            if launches[0].boxes:
+                buffers["rotations"] = (batch * seq, dim // 2, 2), np.float32
             if shape.dtype != "float16":
                 buffers["v"] = (batch, kv_heads, scratch, dim), np.float16
         scratch_arrays = {name: workspace.take(name, size, dtype, capturing=capturing)

@@ -38,6 +38,9 @@ SOURCES = next(p for p in (_HERE / "kernels_cu", _HERE.parent / "kernels_cu") if
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90a", "sm_100", "sm_120")
 """Architectures every source must compile for."""
 
+WGMMA_ARCHITECTURE = "sm_90a"
+"""Architecture that sources named ``*_wgmma.cu`` are for."""
+
 DEFER_VARIABLE = "CUPY_ATTN_DEFER_BUILD"
 """Set to anything but 0 or nothing: build no kernel at import, each at its first use instead."""
 
@@ -61,6 +64,16 @@ class Build:
     stack_bytes: int
 
 
+def runs_wgmma(arch: str) -> bool:
+    """Return whether an architecture has what ``*_wgmma.cu`` are made of."""
+    return arch == WGMMA_ARCHITECTURE
+
+
+def compiles_for(name: str, arch: str) -> bool:
+    """Return whether a source is for an architecture."""
+    return runs_wgmma(arch) or not name.endswith("_wgmma")
+
+
 def kernel(name: str, macros: Macros) -> Any:
     """Return a kernel for the current GPU as a ``cupy.RawKernel``, compiled or taken from CuPy's disk cache.
 
@@ -82,7 +95,7 @@ def current_arch() -> str:
     import cupy
 
     capability = cupy.cuda.Device().compute_capability
-    return "sm_90a" if capability == "90" else f"sm_{capability}"
+    return WGMMA_ARCHITECTURE if capability == "90" else f"sm_{capability}"
 
 
 @functools.cache
@@ -97,7 +110,7 @@ def _kernel(name: str, macros: Macros, arch: str) -> Any:
 
 def _module(name: str, macros: Macros, arch: str) -> Any:
     # CuPy appends its own -arch=sm_90. Of the two NVRTC takes the number of the last and keeps the "a".
-    options = ("-arch=sm_90a",) if arch == "sm_90a" else ()
+    options = (f"-arch={arch}",) if runs_wgmma(arch) else ()
     return import_cupy().RawModule(code=_source(name, macros), options=(*options, *_options()))
 
 
@@ -292,7 +305,8 @@ def compile_for(arch: str, name: str, macros: Macros) -> Build:
 def source_digest() -> str:
     """Return a SHA-256 over kernels_cu and the CUDA backend: what a report of measurements belongs to."""
     digest = hashlib.sha256()
-    backend = ("cuda.py", "kernels.py", "launch.py", "launcher.py", "separate.py", "steps.py", "workspace.py")
+    backend = ("cuda.py", "kernels.py", "launch.py", "launcher.py", "separate.py", "steps.py", "tensor_maps.py",
+               "wgmma.py", "workspace.py")  # fmt: skip
     for file in (*sorted(SOURCES.glob("*.cu*")), *(_HERE / name for name in backend)):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

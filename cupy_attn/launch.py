@@ -24,9 +24,9 @@ HIDDEN_PARTS = 2  # project_qkv.cu: float16 numbers that hold one normalised hid
 _POINTERS = (
     "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "o_proj", "input_norm", "q_norm", "k_norm",
     "qkv_bias", "o_bias", "frequency", "k_cache", "v_cache", "lengths", "cached_positions", "fault", "rows", "hidden",
-    "q", "k", "v", "attention", "qkv", "partial", "counters", "stage_input_norm", "stage_q", "stage_k", "stage_v",
-    "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope", "stage_row_max", "stage_lse", "stage_attention",
-    "stage_output",
+    "q", "k", "v", "attention", "rotations", "qkv", "partial", "counters", "stage_input_norm", "stage_q", "stage_k",
+    "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope", "stage_row_max", "stage_lse",
+    "stage_attention", "stage_output",
 )  # fmt: skip
 _INTEGERS = (
     "batch", "seq", "hidden_size", "num_q_heads", "num_kv_heads", "capacity", "scratch_capacity", "past_tiles",
@@ -47,11 +47,12 @@ CALL = np.dtype(
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """What a GPU offers: multiprocessors, shared memory in bytes for one block and for one multiprocessor."""
+    """What a GPU offers: multiprocessors, shared memory in bytes for one block and for one multiprocessor, wgmma."""
 
     num_sms: int
     block_smem: int
     sm_smem: int
+    wgmma: bool = False
 
     def blocks_a_sm(self, smem_bytes: int, at_most: int) -> int:
         """Return how many blocks with this much dynamic shared memory a multiprocessor holds, 0 if none."""
@@ -83,7 +84,11 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Launch:
-    """One kernel of a call; ``overlaps``: it may begin before the one ahead of it has ended (launcher.py)."""
+    """One kernel of a call.
+
+    ``overlaps``: it may begin before the one ahead of it has ended (launcher.py). ``boxes``: the arrays that it copies
+    through tensor maps, in the order of its ``struct Maps``, and the rows of one copy.
+    """
 
     name: str
     macros: Macros
@@ -91,6 +96,7 @@ class Launch:
     threads: int
     smem_bytes: int
     overlaps: bool = False
+    boxes: tuple[tuple[str, int], ...] = ()
 
 
 def supported(config: AttentionConfig, dtype: str) -> str | None:
@@ -104,9 +110,15 @@ def supported(config: AttentionConfig, dtype: str) -> str | None:
     return None
 
 
-def _macros(shape: Shape, **values: object) -> Macros:
+def macros_of(shape: Shape, **values: object) -> Macros:
+    """Return the ``-D`` macros of a shape, and others that are not False."""
     named = {"STORAGE": CUDA_NAMES[shape.dtype], "HEAD_DIM": shape.head_dim, "PARTS": shape.parts} | values
     return tuple(sorted((key, str(value)) for key, value in named.items() if value is not False))
+
+
+def plain(shape: Shape) -> Shape:
+    """Return what a kernel that computes no scores is specialised for."""
+    return dataclasses.replace(shape, precise=False)
 
 
 def _rows_a_warp(head_dim: int) -> int:
@@ -136,15 +148,18 @@ def project_qkv(
     block_m = GEMM_WARPS * warp_m
     stages, smem = _gemm_stages(block_m, block_n, limits)
     items = -(-rows // NORM_ROWS) + past_tiles * batch * config.num_key_value_heads + -(-rows // block_m) * n_tiles
-    macros = _macros(shape, WARP_M=warp_m, BLOCK_N=block_n, GEMM_STAGES=stages, RAW=raw and 1, COLLECT=collect and 1,
-                     FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
+    macros = macros_of(shape, WARP_M=warp_m, BLOCK_N=block_n, GEMM_STAGES=stages, RAW=raw and 1, COLLECT=collect and 1,
+                       FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
     grid = min(items, limits.num_sms * limits.blocks_a_sm(smem, 2))
     return Launch("project_qkv", macros, grid, 32 * GEMM_WARPS, smem)
 
 
 def ready_counters(rows: int) -> int:
-    """Return how many counters ``project_qkv.cu`` needs for ``rows`` rows of x."""
-    return 2 + -(-rows // (GEMM_WARPS * 16))
+    """Return how many counters ``project_qkv.cu`` and ``project_qkv_wgmma.cu`` need for ``rows`` rows of x.
+
+    Two, and one for each tile of rows: of 64 in the former; in the latter of 128, twice that in a cluster.
+    """
+    return 3 + -(-rows // (GEMM_WARPS * 16))
 
 
 def project_output(config: AttentionConfig, shape: Shape, limits: Limits, rows: int, *, collect: bool) -> Launch:
@@ -157,8 +172,7 @@ def project_output(config: AttentionConfig, shape: Shape, limits: Limits, rows: 
         if 2 * grid >= 3 * limits.num_sms:
             break
     stages, smem = _gemm_stages(block_m, block_n, limits)
-    plain = dataclasses.replace(shape, precise=False)
-    macros = _macros(plain, WARP_M=warp_m, BLOCK_N=block_n, GEMM_STAGES=stages, COLLECT=collect and 1)
+    macros = macros_of(plain(shape), WARP_M=warp_m, BLOCK_N=block_n, GEMM_STAGES=stages, COLLECT=collect and 1)
     return Launch("project_output", macros, grid, 32 * GEMM_WARPS, smem)
 
 
@@ -180,8 +194,8 @@ def attend_prefill(
                 continue
             best = max(best, (busy, warps, block_n, smem))
     _, warps, block_n, smem = best
-    macros = _macros(shape, WARPS=warps, WARP_M=warp_m, BLOCK_N=block_n, WINDOW=shape.windowed and 1,
-                     COLLECT=collect and 1)  # fmt: skip
+    macros = macros_of(shape, WARPS=warps, WARP_M=warp_m, BLOCK_N=block_n, WINDOW=shape.windowed and 1,
+                       COLLECT=collect and 1)  # fmt: skip
     grid = -(-seq // (warps * warp_m)) * config.num_attention_heads * batch
     return Launch("attend_prefill", macros, grid, 32 * warps, smem)
 
@@ -202,8 +216,8 @@ def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits) -> Laun
         smem = ring + queries + tables
         if limits.blocks_a_sm(smem, 1):
             break
-    macros = _macros(shape, HEAD_TILES=head_tiles, WARPS=warps, WINDOW=shape.windowed and 1,
-                     FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
+    macros = macros_of(shape, HEAD_TILES=head_tiles, WARPS=warps, WINDOW=shape.windowed and 1,
+                       FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
     return Launch("attend_decode", macros, limits.num_sms, 32 * warps, smem, overlaps=True)
 
 
@@ -225,7 +239,7 @@ def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch:
     smem = -(-size // 32) * 32 * 4 + batch * (-(-size // 64) * 64 + 32) * 2
     if batch > DECODE_VECTORS or smem + GEMV_STATIC_SMEM > limits.block_smem:
         return None
-    macros = _macros(dataclasses.replace(shape, precise=False))
+    macros = macros_of(plain(shape))
     return Launch("decode_project", macros, -(-rows // PROJECT_ROWS) + 1, GEMV_THREADS, smem, overlaps=True)
 
 
@@ -237,7 +251,7 @@ def decode_output(config: AttentionConfig, shape: Shape, limits: Limits, batch: 
         blocks = -(-config.hidden_size // (8 * tiles))
         if blocks <= 2 * limits.num_sms:
             break
-    macros = _macros(dataclasses.replace(shape, precise=False), TILES=tiles)
+    macros = macros_of(plain(shape), TILES=tiles)
     return Launch("decode_output", macros, blocks + 1, GEMV_THREADS, 0, overlaps=True)
 
 

@@ -15,7 +15,7 @@ from .launch import Launch
 
 # cuda.h (CUDA 12 and 13): CUlaunchConfig, CUlaunchAttribute and one attribute's id.
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
-_INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT
+INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: what a thread gets that CUDA has not met
 OVERLAPPING_CAPABILITY = 90
 
 
@@ -43,13 +43,20 @@ def _driver() -> Any:
     return library
 
 
+def make_context_current() -> None:
+    """Give this thread the current GPU's context, as the first call of the CUDA runtime does."""
+    from cupy.cuda import runtime
+
+    runtime.setDevice(runtime.getDevice())
+
+
 class Launcher:
     """One kernel on one GPU, ready to be launched again and again.
 
-    From compute capability 9.0 on, the kernels of a decode step begin before the one ahead of them in the stream has
-    ended, and fetch their weights meanwhile; they wait (``griddepcontrol.wait``) before they look at anything else.
-    CuPy has no such launch, so all go to the driver (CUDA C++ Programming Guide, programmatic dependent launch).
-    Prefill kernels fill the GPU to the end and gain nothing: 512 tokens of the 0.6B shape took 65 us instead of 55.
+    From compute capability 9.0 on, kernels that say so begin before the one ahead of them in the stream has ended, and
+    fetch their weights meanwhile; they wait (``griddepcontrol.wait``) before they look at anything else. CuPy has no
+    such launch, so all go to the driver (CUDA C++ Programming Guide, programmatic dependent launch). Portable prefill
+    kernels fill the GPU to the end and gain nothing: 512 tokens of the 0.6B shape took 65 us instead of 55.
 
     Parameters
     ----------
@@ -71,7 +78,7 @@ class Launcher:
         self._function = ctypes.c_void_p(self._kernel.kernel.ptr)
         self._cuda_launch = _driver().cuLaunchKernelEx
 
-    def bind(self, call: np.ndarray, stream: Any) -> Callable[[], None]:
+    def bind(self, call: np.ndarray, stream: Any, maps: bytes = b"") -> Callable[[], None]:
         """Return a function that launches with what ``call`` holds then, on a CuPy stream.
 
         Parameters
@@ -80,20 +87,21 @@ class Launcher:
             One element of ``launch.CALL``, which must stay where it is.
         stream : cupy.cuda.Stream
             Where to.
+        maps : bytes
+            Tensor maps of ``launch.boxes``, one after the other.
         """
-        from cupy.cuda import runtime
-
         launch, cuda_launch, function = self._launch, self._cuda_launch, self._function
         config = _Config(
             (launch.grid, 1, 1), (launch.threads, 1, 1), launch.smem_bytes, stream.ptr, ctypes.pointer(self._attribute),
             int(self._overlaps),
         )  # fmt: skip
-        where, parameters = ctypes.byref(config), (ctypes.c_void_p * 1)(call.ctypes.data)
+        held = ctypes.create_string_buffer(maps, len(maps))
+        where, parameters = ctypes.byref(config), (ctypes.c_void_p * 2)(call.ctypes.data, ctypes.addressof(held))
 
-        def run() -> None:
+        def run(held: Any = held) -> None:
             status = cuda_launch(where, function, parameters, None)
-            if status == _INVALID_CONTEXT:  # the first that this thread has to do with CUDA
-                runtime.setDevice(runtime.getDevice())
+            if status == INVALID_CONTEXT:
+                make_context_current()
                 status = cuda_launch(where, function, parameters, None)
             if status:
                 raise DeviceError(

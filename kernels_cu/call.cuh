@@ -36,6 +36,7 @@ struct Call {
     __half* k;          // [PARTS, B, Hkv, scratch_capacity, D]
     __half* v;          // [B, Hkv, scratch_capacity, D], where storage is not float16
     __half* attention;  // [B S, Hq D]
+    float2* rotations;  // [B S, D / 2], cosine and sine; project_qkv_wgmma.cu only
     float* qkv;         // [B, (Hq + 2 Hkv) D], decode only
     float* partial;     // shares of attend_decode.cu, decode only
     int* counters;      // zero between kernels
@@ -84,7 +85,8 @@ constexpr bool OVERLAPPING = true;  // what a kernel leaves of a multiprocessor 
 constexpr bool OVERLAPPING = false;
 #endif
 
-// Once every block has said so, the next kernel's blocks may take what room there is.
+// Once every block has said so, the next kernel's blocks may take what room there is. Kernels that say so before their own
+// wait, as *_wgmma do, must not stand right before attend_decode, which reads lengths and keys before its wait.
 __device__ __forceinline__ void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -122,25 +124,25 @@ __device__ __forceinline__ Sequence sequence(const Call& call, int b) {
     return s;
 }
 
-// Describe row m of x for the kernels that follow, and note its position in the cache; return its place there.
-__device__ __forceinline__ int describe_row(const Call& call, int m) {
+// Describe row m of x for the kernels that follow, and note its position in the cache; return what is in call.rows then.
+__device__ __forceinline__ int2 describe_row(const Call& call, int m) {
     const int b = m / call.seq, t = m % call.seq;
     const Sequence s = sequence(call, b);
     if (t < s.count) {
         const int slot = s.past + t, position = new_position(call, b, s.past, t);
         call.cached_positions[static_cast<long long>(b) * call.capacity + slot] = position;
-        call.rows[m] = make_int2(slot, position);
-        return slot;
+        return call.rows[m] = make_int2(slot, position);
     }
-    call.rows[m] = make_int2(s.fault ? FAULT : PADDING, 0);
-    return s.fault ? FAULT : PADDING;
+    return call.rows[m] = make_int2(s.fault ? FAULT : PADDING, 0);
 }
 
 // Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more.
+__device__ __forceinline__ void advance_length(const Call& call, int b) {
+    const Sequence s = sequence(call, b);
+    if (s.fault) *call.fault = 1;
+    call.lengths[b] = s.past + s.count;
+}
+
 __device__ __forceinline__ void advance_lengths(const Call& call) {
-    for (int b = threadIdx.x; b < call.batch; b += blockDim.x) {
-        const Sequence s = sequence(call, b);
-        if (s.fault) *call.fault = 1;
-        call.lengths[b] = s.past + s.count;
-    }
+    for (int b = threadIdx.x; b < call.batch; b += blockDim.x) advance_length(call, b);
 }

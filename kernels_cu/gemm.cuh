@@ -15,13 +15,6 @@ constexpr int STAGES = GEMM_STAGES;
 constexpr int PROMOTE_K = 32;
 constexpr int ROWS_A_PASS = THREADS / CHUNKS;  // rows that one round of copies fills
 
-// Where the sums of W's rows lie. Vec consecutive rows of W (dims of a head) end up in one thread: column slot
-// 2 q + e of 8-column block j is row 4 Vec (j / (Vec / 2)) + Vec q + 2 (j % (Vec / 2)) + e.
-template <int Vec>
-__device__ __forceinline__ constexpr int column_of(int block, int quad, int element) {
-    return 4 * Vec * (block / (Vec / 2)) + Vec * quad + 2 * (block % (Vec / 2)) + element;
-}
-
 // The place of a 16-byte piece in a row of W's tile, so that the rows column_of picks for one ldmatrix lie in different
 // banks. It depends on the row within its 4 VEC alone; x's tile is read row by row, which is VEC 2.
 template <int Vec>

@@ -86,6 +86,13 @@ __device__ __forceinline__ void multiply_add_8(float (&c)[4], unsigned a0, unsig
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b));
 }
 
+// Where the sums of W's rows lie. Vec consecutive rows of W (dims of a head) end up in one thread: column slot
+// 2 q + e of 8-column block j is row 4 Vec (j / (Vec / 2)) + Vec q + 2 (j % (Vec / 2)) + e.
+template <int Vec>
+__device__ __forceinline__ constexpr int column_of(int block, int quad, int element) {
+    return 4 * Vec * (block / (Vec / 2)) + Vec * quad + 2 * (block % (Vec / 2)) + element;
+}
+
 // Two floats to a pair of 16-bit values in one register, rounded to nearest even; `low` is the first of the two.
 __device__ __forceinline__ unsigned pack(float low, float high, __half) {
     const __half2 pair = __floats2half2_rn(low, high);
@@ -127,4 +134,22 @@ __device__ __forceinline__ float quad_sum(float value) {
 __device__ __forceinline__ float quad_max(float value) {
     value = fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 1));
     return fmaxf(value, __shfl_xor_sync(0xffffffffu, value, 2));
+}
+
+// Transpose what the four lanes of a quad hold: r[i] of lane q becomes r[q] of lane i. Pairs of columns 8 i + 2 q become
+// 8 columns in a row, for a store of 16 bytes.
+__device__ __forceinline__ void transpose_quad(unsigned (&r)[4]) {
+    const bool odd = threadIdx.x & 1, upper = threadIdx.x & 2;
+#pragma unroll
+    for (int i = 0; i < 4; i += 2) {
+        const unsigned got = __shfl_xor_sync(0xffffffffu, odd ? r[i] : r[i + 1], 1);
+        if (odd) r[i] = got;
+        else r[i + 1] = got;
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const unsigned got = __shfl_xor_sync(0xffffffffu, upper ? r[i] : r[i + 2], 2);
+        if (upper) r[i] = got;
+        else r[i + 2] = got;
+    }
 }

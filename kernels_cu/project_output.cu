@@ -38,7 +38,7 @@ project_output(const __grid_constant__ Call call)
             const float missing = slot == FAULT ? __int_as_float(0x7fffffff) : 0.0f;
 #pragma unroll
             for (int j = 0; j < BLOCK_N / 8; j += 4) {
-                const int n = first_n + gemm::column_of<VEC>(j, lane % 4, 0);
+                const int n = first_n + column_of<VEC>(j, lane % 4, 0);
                 if (n >= call.hidden_size) continue;
                 const long long at = static_cast<long long>(m) * call.hidden_size + n;
                 float values[VECTOR], more[VECTOR];

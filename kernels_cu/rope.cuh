@@ -23,10 +23,14 @@ __device__ __forceinline__ void rotation(int position, uint2 frequency, float& c
 }
 
 // Rotate the pair (a, b) of dims (i, i + D / 2).
-__device__ __forceinline__ void rotate(float& a, float& b, int position, uint2 frequency) {
-    float cosine, sine;
-    rotation(position, frequency, cosine, sine);
+__device__ __forceinline__ void rotate(float& a, float& b, float cosine, float sine) {
     const float first = a * cosine - b * sine;
     b = b * cosine + a * sine;
     a = first;
+}
+
+__device__ __forceinline__ void rotate(float& a, float& b, int position, uint2 frequency) {
+    float cosine, sine;
+    rotation(position, frequency, cosine, sine);
+    rotate(a, b, cosine, sine);
 }

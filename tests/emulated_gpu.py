@@ -1,8 +1,9 @@
 """A GPU that is this CPU: CUDA sources turned into C++ (emulator/cuda_emulator.h), and what stands for CuPy.
 
 What it shows: wrong results, reads and writes outside shared memory, reads before a copy has landed, warps that rely on
-each other without a barrier, lanes that part ways where they must not. What it does not: speed, memory accesses outside
-of arrays, blocks that race, the hardware's rounding inside products.
+each other without a barrier, blocks of a cluster that do, lanes that part ways where they must not. What it does not:
+speed, memory accesses outside of arrays, races between clusters (they run one after the other), the hardware's rounding
+inside products.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_attn import cuda, kernels, workspace
+from cupy_attn import cuda, kernels, wgmma, workspace
 from cupy_attn.kernels import Macros
 from cupy_attn.launch import Launch
 
@@ -31,12 +32,15 @@ RESERVED = (
     1024  # bytes of shared memory ahead of a block's own; static arrays take one alignment of the dynamic part more
 )
 
-# Inline PTX: the beginning of the instruction, the function that stands for it, arguments of its own.
+# Inline PTX: the beginning of the instruction, the function that stands for it, arguments of its own. All of it where
+# its operands are not in the order of their numbers.
 INSTRUCTIONS = (
     ("griddepcontrol.", "ptx_griddepcontrol", ""),
     ("prefetch.", "ptx_prefetch", ""),
     ("mad.hi.u32", "ptx_mad", ""),
     ("atom.add.", "ptx_atom", ""),
+    ("red.release.gpu.global.add.s32 [%0], %1;", "ptx_red", ""),
+    ("ld.acquire.gpu.global.s32 %0, [%1];", "ptx_load_acquire", ""),
     ("cp.async.cg.", "ptx_cp_async", "16"),
     ("cp.async.ca.shared.global [%0], [%1], 4, %2;", "ptx_cp_async", "4"),
     ("cp.async.ca.shared.global [%0], [%1], 4;", "ptx_cp_async", "4, 4"),
@@ -50,6 +54,47 @@ INSTRUCTIONS = (
     ("mma.sync.aligned.m16n8k16.row.col.f32.bf16", "ptx_mma_k16_bf16", ""),
     ("mma.sync.aligned.m16n8k8.row.col.f32.f16", "ptx_mma_k8_f16", ""),
     ("mma.sync.aligned.m16n8k8.row.col.f32.bf16", "ptx_mma_k8_bf16", ""),
+    ("mbarrier.init.shared::cta.b64 [%0], %1;", "ptx_barrier_init", ""),
+    ("mbarrier.arrive.shared::cta.b64 _, [%0];", "ptx_barrier_arrive", ""),
+    ("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;", "ptx_barrier_expect", ""),
+    (
+        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2; selp.u32 %0, 1, 0, p; }",
+        "ptx_barrier_try_wait",
+        "",
+    ),
+    ("bar.sync %0, %1;", "ptx_bar_sync", ""),
+    ("bar.arrive %0, %1;", "ptx_bar_arrive", ""),
+    ("fence.mbarrier_init.", "ptx_fence", ""),
+    ("fence.proxy.async", "ptx_fence", ""),
+    (
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];",
+        "ptx_tensor_copy",
+        "",
+    ),
+    (
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;",
+        "ptx_tensor_copy_to_blocks",
+        "",
+    ),
+    ("mov.u32 %0, %%cluster_ctarank;", "ptx_cluster_rank", ""),
+    ("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
+    (
+        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }",
+        "ptx_barrier_arrive_at",
+        "",
+    ),
+    ("setmaxnreg.inc.", "ptx_setmaxnreg", ""),
+    ("setmaxnreg.dec.", "ptx_setmaxnreg", ""),
+    ("wgmma.fence.", "ptx_products_fence", ""),
+    ("wgmma.commit_group.", "ptx_products_commit", ""),
+    ("wgmma.wait_group.", "ptx_products_wait", ""),
+)
+# wgmma.mma_async: N, type, sums, A (a number or four in braces), B, whether it adds, which of A (in shared memory only)
+# and B is transposed.
+PRODUCT = re.compile(
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(f16|bf16)\.\2 \{([^}]*)\}, (%\d+|\{[^}]*\}), (%\d+), "
+    r"(\w+), 1, 1((?:, [01])+);"
 )
 
 
@@ -77,15 +122,99 @@ def _closing(text: str, start: int) -> int:
 def _operands(text: str) -> list[str]:
     """Return the expressions of one list of operands."""
     found, i = [], 0
-    while (match := re.compile(r'"[^"]*"\s*\(').search(text, i)) is not None:
+    while (match := re.compile(r'[\s,]*"[^"]*"\s*\(').match(text, i)) is not None:
         end = _closing(text, match.end() - 1)
         found.append(text[match.end() : end])
-        i = end
+        i = end + 1
+    if text[i:].strip():
+        raise ValueError(f"the emulator cannot read {text[i:].strip()!r}")
     return found
 
 
+def _arguments(text: str) -> list[str]:
+    """Return what commas separate, outside of parentheses."""
+    found, depth = [""], 0
+    for c in text:
+        depth += (c in "([") - (c in ")]")
+        if c == "," and not depth:
+            found.append("")
+        else:
+            found[-1] += c
+    return [argument.strip() for argument in found]
+
+
+Defines = dict[str, tuple[list[str] | None, str]]
+
+
+def _defines(text: str) -> Defines:
+    """Return the macros that a source defines: parameters, or None, and what they stand for."""
+    found: Defines = {}
+    for match in re.finditer(r"^#define (\w+)(\([\w, ]*\))?((?:.*\\\n)*.*)$", text, re.M):
+        parameters = None if match[2] is None else _arguments(match[2][1:-1])
+        if not re.search(rf"\b{match[1]}\b", match[3]):  # or it would be expanded without end
+            found[match[1]] = parameters, match[3].replace("\\\n", " ").strip()
+    return found
+
+
+def _expand(text: str, defines: Defines) -> str:
+    """Expand macros outside of strings, where an asm statement's operands would be hidden in them."""
+
+    def in_code(change: Callable[[str], str], text: str) -> str:
+        return "".join(piece if piece[:1] == '"' else change(piece) for piece in re.split(r'("[^"]*")', text))
+
+    pattern = re.compile(r'"[^"]*"|\b(' + "|".join([*defines, "(?!)"]) + r")\b")
+    start = 0
+    while (match := pattern.search(text, start)) is not None:
+        start = match.end()
+        if match[1] is None:  # a string
+            continue
+        (parameters, body), end = defines[match[1]], match.end()
+        if parameters is not None:
+            if text[end : end + 1] != "(":
+                continue
+            close = _closing(text, end)
+            values = dict(zip(parameters, _arguments(text[end + 1 : close]), strict=True))
+            if values:
+                names = re.compile(r"\b(" + "|".join(values) + r")\b")
+                body = in_code(lambda code: names.sub(lambda name: values[name[0]], code), body)  # noqa: B023
+            end = close + 1
+        text, start = text[: match.start()] + body + text[end:], match.start()
+    return text
+
+
+def _product_of(template: str, operands: list[str]) -> str:
+    """Return the call that stands for one product of a warpgroup, of known form."""
+    match = PRODUCT.search(template)
+    predicate = re.match(r"setp\.ne\.b32 p, (%\d+), 0; ", template)
+    if match is None or template[predicate.end() if predicate else 0 :] not in (match[0], f"{match[0]} }}"):
+        raise ValueError(f"the emulator does not know {template!r}")
+    n, sums = int(match[1]), re.findall(r"%\d+", match[3])
+    inputs = re.findall(r"%\d+", match[4]) + [match[5]] + ([predicate[1]] if predicate else [])
+    transposed = re.findall(r"\d", match[7])
+    adds = operands[-1] if predicate else match[6]
+    in_registers = match[4][0] == "{"
+    if (
+        sums + inputs != [f"%{i}" for i in range(len(operands))]
+        or len(sums) != n // 2
+        or len(transposed) != 2 - in_registers
+        or match[6] not in (("p",) if predicate else ("0", "1"))
+    ):
+        raise ValueError(f"the emulator does not know {template!r} with {len(operands)} operands")
+    what = f"wgmma of n{n}{' with A in registers' if in_registers else ''}"
+    kind = [
+        "__half" if match[2] == "f16" else "__nv_bfloat16",
+        str(n),
+        *("false" if t == "0" else "true" for t in transposed),
+    ]
+    places = ", ".join(f"&({sum_})" for sum_ in operands[: len(sums)])
+    rest = operands[len(sums) : -1] if predicate else operands[len(sums) :]
+    name = "ptx_product_of_registers" if in_registers else "ptx_product"
+    arguments = [f'"{what}"', f"ProductOperands<{n}>{{{{{places}}}}}", adds, *rest]
+    return f"{name}<{', '.join(kind)}>({', '.join(arguments)})"
+
+
 def _call_of(body: str) -> str:
-    """Return the call that stands for the inside of one asm statement."""
+    """Return the call that stands for the inside of one asm statement, its macros expanded."""
     parts, depth, last, in_string = [], 0, 0, False
     for i, c in enumerate(body):
         if c == '"':
@@ -96,10 +225,15 @@ def _call_of(body: str) -> str:
             parts.append(body[last:i])
             last = i + 1
     parts.append(body[last:])
-    template = "".join(re.findall(r'"([^"]*)"', parts[0]))
+    if re.sub(r'"[^"]*"', "", parts[0]).strip():
+        raise ValueError(f"the emulator cannot read {parts[0].strip()!r}")
+    template = re.sub(r"(\\[nt]|\s)+", " ", "".join(re.findall(r'"([^"]*)"', parts[0]))).strip()
+    template = re.sub(r"^\{ \.reg \.pred p; ", "", template)
     operands = [operand for part in parts[1:3] for operand in _operands(part)]
     if not template:
         return f"ptx_nothing({', '.join(operands)})"
+    if "wgmma.mma_async" in template:
+        return _product_of(template, operands)
     for beginning, name, own in INSTRUCTIONS:
         if template.startswith(beginning):
             if own:
@@ -108,52 +242,107 @@ def _call_of(body: str) -> str:
     raise ValueError(f"the emulator does not know {template!r}")
 
 
+def _variables(match: re.Match[str]) -> str:
+    """Return what stands for one declaration of __shared__ variables: references to the block's own."""
+    found = []
+    for declared in _arguments(match[4]):
+        variable = re.fullmatch(r"(\w+)((?:\[[^\]]*\])*)", declared)
+        if variable is None:
+            raise ValueError(f"the emulator cannot read {match[0].strip()!r}")
+        name, type_ = variable[1], f"{variable[1]}_type"
+        found.append(
+            f"using {type_} = {match[3]}{variable[2]}; static char {name}_name; "
+            f"{type_}& {name} = emulator::variable<{type_}>(&{name}_name, {match[2] or 1});"
+        )
+    return match[1] + " ".join(found)
+
+
 def translate(text: str) -> str:
     """Return CUDA source as C++."""
-    out, i = [], 0
+    out, i, defines = [], 0, _defines(text)
     for match in re.finditer(r"\basm(?:\s+volatile)?\s*\(", text):
         end = _closing(text, match.end() - 1)
-        out += [text[i : match.start()], _call_of(text[match.end() : end])]
+        out += [text[i : match.start()], _call_of(_expand(text[match.end() : end], defines))]
         i = end + 1
     text = "".join([*out, text[i:]])
-    return re.sub(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];",
-                  r"\2* const \3 = reinterpret_cast<\2*>(emulator::shared_memory);", text)  # fmt: skip
+    # One for all threads, where it is: of tensor maps, their addresses count.
+    text = re.sub(r"const __grid_constant__ (\w+) (\w+)", r"const \1& \2", text)
+    text = re.sub(r"extern __shared__ __align__\((\d+)\) (\w+) (\w+)\[\];",
+                  r"\2* const \3 = reinterpret_cast<\2*>(emulator::block->memory);", text)  # fmt: skip
+    return re.sub(r"(?<=\n)( *)__shared__ (?:__align__\((\d+)\) )?([\w:]+\**) ([^;]+);", _variables, text)
 
 
 @functools.cache
 def kernel(name: str, macros: Macros):
-    """Return a kernel as a function of (grid, threads, smem_bytes, seed, call)."""
+    """Return a kernel as a function of (grid, threads, smem_bytes, seed, call, maps=None)."""
     defines = "".join(f"#define {key} {value}\n" for key, value in macros)
     source = (kernels.SOURCES / f"{name}.cu").read_text()
     alignment = re.search(r"extern __shared__ __align__\((\d+)\)", source)
     start = RESERVED + (int(alignment[1]) if alignment else 0)
+    cluster = re.search(r"__cluster_dims__\((\w+), 1, 1\)", source)
+    has_maps = re.search(r"const __grid_constant__ Maps\b", source) is not None
+    arguments = "*call, own" if has_maps else "*call"
+    copy_maps = (
+        '    if (bytes != sizeof(Maps)) return "tensor maps of another size";\n'
+        "    static Maps own;\n"  # aligned as they must be
+        "    std::memcpy(&own, maps, bytes);\n"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for header in kernels.SOURCES.glob("*.cuh"):
             (Path(folder) / header.name).write_text(translate(header.read_text()))
         (Path(folder) / "kernel.cpp").write_text(
-            f'#define __CUDA_ARCH__ 900\n#include "cuda_emulator.h"\n{defines}{translate(source)}\n'
-            'extern "C" const char* run(unsigned grid, unsigned threads, int smem, unsigned seed, const Call* call) {\n'
+            "#define __CUDA_ARCH__ 900\n#define __CUDA_ARCH_FEAT_SM90_ALL\n"
+            f'#include "cuda_emulator.h"\n{defines}{translate(source)}\n'
+            'extern "C" const char* run(unsigned grid, unsigned threads, int smem, unsigned seed, const Call* call,\n'
+            "                           const void* maps, size_t bytes) {\n"
+            f"{copy_maps if has_maps else ''}"
             f"    emulator::shared_start = {start};\n"
-            f"    return emulator::launch(grid, threads, smem, seed, [=] {{ {name}(*call); }});\n}}\n"
+            f"    return emulator::launch(grid, threads, {cluster[1] if cluster else 1}, smem, seed,\n"
+            f"                            [=] {{ {name}({arguments}); }});\n}}\n"
         )
         library = Path(folder) / "kernel.so"
         command = [
-            str(compiler()), "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fwrapv", f"-I{folder}", f"-I{HEADER}",
-            str(Path(folder) / "kernel.cpp"), "-o", str(library),
+            str(compiler()), "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fwrapv", "-U_FORTIFY_SOURCE",
+            f"-I{folder}", f"-I{HEADER}", str(Path(folder) / "kernel.cpp"), "-o", str(library),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             raise RuntimeError(done.stderr[:4000])
         run = ctypes.CDLL(str(library)).run
-    run.argtypes = (ctypes.c_uint, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p)
+    run.argtypes = (
+        ctypes.c_uint, ctypes.c_uint, ctypes.c_int, ctypes.c_uint, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t,
+    )  # fmt: skip
     run.restype = ctypes.c_char_p
 
-    def launch(grid: int, threads: int, smem_bytes: int, seed: int, call: np.ndarray) -> None:
-        why = run(grid, threads, smem_bytes, seed, call.ctypes.data)
+    def launch(
+        grid: int, threads: int, smem_bytes: int, seed: int, call: np.ndarray, maps: bytes | np.ndarray | None = None
+    ) -> None:
+        held = np.frombuffer(b"" if maps is None else maps, np.uint8)
+        assert bool(held.size) == has_maps, f"{name}: tensor maps {'are missing' if has_maps else 'for none'}"
+        why = run(grid, threads, smem_bytes, seed, call.ctypes.data, held.ctypes.data, held.nbytes)
         if why:
             raise AssertionError(f"{name}: {why.decode()}")
 
     return launch
+
+
+def encode_tensor_map(
+    address: int, columns: int, rows: int, pitch_bytes: int, box_columns: int, box_rows: int
+) -> np.ndarray:
+    """Return what stands for a CUtensorMap of 2-byte elements, 128-byte swizzle: 128 bytes, at a multiple of 64.
+
+    Refuses what ``cuTensorMapEncodeTiled`` would (CUDA driver API), and boxes other than of 64 columns.
+    """
+    if address % 16 or pitch_bytes % 16 or not 0 < pitch_bytes < 1 << 40:
+        raise ValueError(f"a tensor at {address:#x} with rows {pitch_bytes} bytes apart is not aligned to 16 bytes")
+    if not (0 < columns <= 1 << 32 and 0 < rows <= 1 << 32):
+        raise ValueError(f"a tensor of {rows} x {columns} elements")
+    if box_columns != 64 or not 0 < box_rows <= 256:
+        raise ValueError(f"a box of {box_rows} x {box_columns} elements is not 1 to 256 rows of 64")
+    room = np.zeros(128 + 64, np.uint8)
+    encoded = room[-room.ctypes.data % 64 :][:128]
+    encoded[:48].view(np.int64)[:] = address, columns, rows, pitch_bytes, box_columns, box_rows
+    return encoded
 
 
 # What the package asks of CuPy, on NumPy.
@@ -166,6 +355,11 @@ class DeviceArray(np.ndarray):
     def data(self) -> types.SimpleNamespace:  # type: ignore[override]
         """Where it is."""
         return types.SimpleNamespace(ptr=self.ctypes.data)
+
+
+def fake_tensor_map(address: int, columns: int, rows: int, box_rows: int) -> bytes:
+    """Stand for :func:`cupy_attn.tensor_maps.tensor_map`."""
+    return encode_tensor_map(address, columns, rows, 2 * columns, 64, box_rows).tobytes()
 
 
 class _Stream:
@@ -217,20 +411,22 @@ class EmulatedLauncher:
     def __init__(self, launch: Launch) -> None:
         self._launch, self._kernel = launch, kernel(launch.name, launch.macros)
 
-    def bind(self, call: np.ndarray, stream: Any) -> Callable[[], None]:
+    def bind(self, call: np.ndarray, stream: Any, maps: bytes | np.ndarray | None = None) -> Callable[[], None]:
         one = self._launch
 
         def run() -> None:
             EmulatedLauncher.seed += 1
-            self._kernel(one.grid, one.threads, one.smem_bytes, EmulatedLauncher.seed, call)
+            self._kernel(one.grid, one.threads, one.smem_bytes, EmulatedLauncher.seed, call, maps)
 
         return run
 
 
-def pretend(monkeypatch: Any, num_sms: int) -> None:
-    """Let the package find a GPU with so many multiprocessors, which is this CPU."""
+def pretend(monkeypatch: Any, num_sms: int, cluster: int = 1) -> None:
+    """Let the package find a GPU with so many multiprocessors, which is this CPU; clusters are of so many blocks."""
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
     monkeypatch.setattr(cuda, "problem", lambda: None)
     monkeypatch.setattr(cuda, "limits", lambda device: dataclasses.replace(cuda.H200, num_sms=num_sms))
+    monkeypatch.setattr(wgmma, "CLUSTER", cluster)
     monkeypatch.setattr(cuda, "Launcher", EmulatedLauncher)
+    monkeypatch.setattr(cuda, "tensor_map", fake_tensor_map)
     monkeypatch.setattr(workspace, "_workspaces", {})

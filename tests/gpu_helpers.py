@@ -9,7 +9,7 @@ import numpy as np
 from conftest import make_weights
 
 import cupy_attn as ca
-from cupy_attn import cuda, launch, ops, reference, warmup
+from cupy_attn import cuda, launch, ops, reference, warmup, wgmma
 from cupy_attn.accuracy import BARS, MAX_ERROR_BARS, max_error, relative_l2
 from cupy_attn.arrays import storage_dtype, to_numpy
 from cupy_attn.rope import rope_angles
@@ -145,7 +145,7 @@ def kernels_of(
             if seq == 1 and not collect:
                 launches = launch.decode(config, shape, gpu, batch)
             else:
-                launches = launch.prefill(config, shape, gpu, batch, seq, past_tiles=0, collect=collect)
+                launches = wgmma.prefill(config, shape, gpu, batch, seq, past_tiles=0, collect=collect)
             yield from ((one.name, one.macros) for one in launches)
 
 

@@ -192,8 +192,8 @@ def test_every_kernel_translates():
     for file in sorted(kernels.SOURCES.iterdir()):
         code = re.sub(r"//.*", "", emulated_gpu.translate(file.read_text()))
         assert not re.search(r"\basm\b", code), file.name
-    with pytest.raises(ValueError, match="does not know 'wgmma"):
-        emulated_gpu.translate('asm volatile("wgmma.fence.sync.aligned;" ::: "memory");')
+    with pytest.raises(ValueError, match="does not know 'tcgen05"):
+        emulated_gpu.translate('asm volatile("tcgen05.fence::before_thread_sync;" ::: "memory");')
 
 
 KERNEL = """

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from concurrent.futures import ThreadPoolExecutor
 
 import gpu_helpers
 import numpy as np
@@ -30,10 +32,10 @@ pytestmark = pytest.mark.gpu
 # What is looked for here are wrong rows; test_gpu_accuracy.py is about the last digit.
 check = functools.partial(gpu_helpers.check, most=4.0)
 
-CONFIG = make_config(hidden_size=264, num_attention_heads=6, num_key_value_heads=2, head_dim=128,
+CONFIG = make_config(hidden_size=320, num_attention_heads=6, num_key_value_heads=2, head_dim=128,
                      max_position_embeddings=1 << 15)  # fmt: skip
 ODD = make_config(hidden_size=136, num_attention_heads=20, num_key_value_heads=1, head_dim=80, attention_bias=True)
-WINDOW = make_config(hidden_size=264, num_attention_heads=6, num_key_value_heads=2, head_dim=128,
+WINDOW = make_config(hidden_size=320, num_attention_heads=6, num_key_value_heads=2, head_dim=128,
                      use_sliding_window=True, sliding_window=50, max_window_layers=0)  # fmt: skip
 PATHS = [(dtype, k_norm_max) for dtype in HALVES for k_norm_max in (1.5, 96.5)]
 LENGTHS_OF_12 = [0, 1, 63, 64, 65, 300, 2, 128, 700, 17, 33, 5]
@@ -218,20 +220,17 @@ def test_positions_with_gaps_in_the_cache_and_in_the_call(dtype, k_norm_max, con
     layer, rng = layer_of(config, dtype, k_norm_max), np.random.default_rng(6)
     tokens = [90, 41, 66]
     positions = np.stack([np.sort(rng.permutation(400)[:90]) for _ in tokens])
-    cache, sofar = layer.new_cache(3, 200), [(np.zeros((1, 0, config.hidden_size)), np.zeros(0, int)) for _ in tokens]
+    cache = layer.new_cache(3, 200)
 
     def go_on(x, positions, counts) -> None:
+        before, start = [held(cache, b) for b in range(3)], cache.next_positions()
         y = to_numpy(layer(x, cache, positions=positions, num_tokens=counts))
         for b, count in enumerate(counts):
-            given = cache.next_positions()[b] if positions is None else None
-            old_x, old_positions = sofar[b]
-            whole_x = np.concatenate([old_x, x[b : b + 1, :count]], 1)
-            last = given - 1 if given is not None else 0
-            new = np.arange(last - count + 1, last + 1) if positions is None else positions[b, :count]
-            sofar[b] = whole_x, np.concatenate([old_positions, new])
             if count:
-                expected = exact(layer, whole_x.astype(layer.dtype), positions=sofar[b][1])
-                check(y[b : b + 1, :count], expected[:, -count:], dtype)
+                new = start[b] + np.arange(count) if positions is None else positions[b, :count]
+                expected = exact(layer, x[b : b + 1, :count], past=before[b], positions=new)
+                check(y[b : b + 1, :count], expected, dtype)
+                assert cache.positions[b, : cache.lengths[b]].tolist() == [*before[b][2][0], *new]
 
     def hidden(seq: int, seed: int) -> np.ndarray:
         return make_hidden(config, 3, seq, seed=seed, dtype=dtype)
@@ -343,6 +342,53 @@ def test_one_layer_on_two_streams_in_turn(dtype):
     cupy.cuda.Device().synchronize()
     for outputs in got:
         assert all(same_bits(a, b) for a, b in zip(outputs, want, strict=True))
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_calls_that_are_queued_are_what_they_are_one_by_one(dtype):
+    """Kernels begin before the ones ahead of them have ended; what they read early must not be old."""
+    import cupy
+
+    layer = layer_of(CONFIG, dtype, 96.5)
+    sizes = [64, 130, 1, 1, 150, 3, 1, 64, 1, 130]
+    x = cupy.asarray(make_hidden(CONFIG, 1, sum(sizes), dtype=dtype))
+    stops = np.cumsum(sizes)
+
+    def outputs(*, wait: bool) -> list:
+        caches = [layer.new_cache(1, sum(sizes)) for _ in range(2)]
+        found = []
+        for start, stop in zip(stops - sizes, stops, strict=True):
+            for cache in caches:
+                found.append(layer(x[:, start:stop], cache))
+                if wait:
+                    cupy.cuda.get_current_stream().synchronize()
+        return found
+
+    want = outputs(wait=True)
+    for _ in range(3):
+        assert all(same_bits(a, b) for a, b in zip(outputs(wait=False), want, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "k_norm_max"), PATHS)
+def test_portable_kernels_where_others_would_be_taken(dtype, k_norm_max):
+    layer = make_layer(CONFIG, dtype, k_norm_max=k_norm_max)
+    backend = layer._backend
+    backend._limits = dataclasses.replace(backend._limits, wgmma=False)
+    x, cache = make_hidden(CONFIG, 2, 300, dtype=dtype), layer.new_cache(2, 300)
+    expected = exact(layer, x)
+    for start, stop in ((0, 150), (150, 300)):
+        check(layer(x[:, start:stop], cache), expected[:, start:stop], dtype)
+    assert not any(one.name.endswith("_wgmma") for launches in backend._launches.values() for one in launches)
+
+
+def test_another_thread_calls_with_fewer_tokens():
+    """It has no context of its own yet, and memory comes from CuPy's pool."""
+    layer = layer_of(CONFIG, "float16", 96.5)
+    x = make_hidden(CONFIG, 1, 512, dtype="float16")
+    layer(x)
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(layer, x[:, :200]).result()
+    assert same_bits(got, layer(x[:, :200]))
 
 
 def test_calls_of_many_sizes_share_a_kernel():

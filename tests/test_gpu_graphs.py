@@ -12,8 +12,8 @@ from cupy_attn.arrays import to_numpy
 
 pytestmark = pytest.mark.gpu
 
-CONFIG = make_config(hidden_size=264, num_attention_heads=6, num_key_value_heads=2, head_dim=128)
-WINDOW = make_config(hidden_size=264, num_attention_heads=6, num_key_value_heads=2, head_dim=128,
+CONFIG = make_config(hidden_size=320, num_attention_heads=6, num_key_value_heads=2, head_dim=128)
+WINDOW = make_config(hidden_size=320, num_attention_heads=6, num_key_value_heads=2, head_dim=128,
                      use_sliding_window=True, sliding_window=20, max_window_layers=0)  # fmt: skip
 OTHER = make_config(hidden_size=1032, num_attention_heads=12, num_key_value_heads=2, head_dim=128)
 STEPS = 64
@@ -200,7 +200,7 @@ def test_two_layers_in_one_graph(stream):
 
     layers = [make_layer(CONFIG, seed=i) for i in range(2)]
     caches, eager = ([layer.new_cache(2, 40) for layer in layers] for _ in range(2))
-    x, y = cupy.zeros((2, 1, 264), np.float16), cupy.empty((2, 1, 264), np.float16)
+    x, y = cupy.zeros((2, 1, CONFIG.hidden_size), np.float16), cupy.empty((2, 1, CONFIG.hidden_size), np.float16)
 
     def model(x, y, caches):
         for layer, cache in zip(layers, caches, strict=True):
@@ -295,17 +295,17 @@ def test_what_a_replay_could_not_repeat_is_refused_and_capturing_goes_on(stream)
 
     layer = make_layer(CONFIG)
     cache = layer.new_cache(1, 8)
-    x = cupy.zeros((1, 1, 264), np.float16)
+    x = cupy.zeros((1, 1, CONFIG.hidden_size), np.float16)
     out = cupy.empty_like(x)
     layer(x, cache, out=out)
     cache.truncate(0)
     with pytest.warns(ca.SlowPathWarning):
         slow = make_layer(CONFIG, "float32")
-    slow_cache, slow_x = slow.new_cache(1, 8), cupy.zeros((1, 1, 264), np.float32)
+    slow_cache, slow_x = slow.new_cache(1, 8), cupy.zeros((1, 1, CONFIG.hidden_size), np.float32)
     stream.begin_capture()
     try:
         with pytest.raises(ca.InputError, match="x is in host memory"):
-            layer(np.zeros((1, 1, 264), np.float16), cache)
+            layer(np.zeros((1, 1, CONFIG.hidden_size), np.float16), cache)
         with pytest.raises(ca.InputError, match="cache is missing"):
             layer(x)
         for given in ({"positions": [0]}, {"num_tokens": [1]}, {"stages": {}}):

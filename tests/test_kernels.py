@@ -43,6 +43,8 @@ def check_build(build):
     # constants written before the loop and read in it. Steps of 32 keys do without and were 2 % faster at 8,192 tokens,
     # 3 % slower at 512.
     assert build.spill_bytes <= 160
+    # ptxas: setmaxnreg is ignored, or products of a warpgroup wait for each other.
+    assert not re.search(r"\(C75(08|1[0-4])\)", build.log), build.log
 
 
 @pytest.fixture(scope="module")
@@ -55,9 +57,10 @@ def builds(request):
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("arch", kernels.ARCHITECTURES)
-@pytest.mark.parametrize(("name", "macros"), warmup.published(), ids=lambda v: v if isinstance(v, str) else
-                         re.sub(r"[^\w=.]+", "-", settings(v)))  # fmt: skip
+@pytest.mark.parametrize(("name", "macros", "arch"),
+                         [(*pair, arch) for pair in warmup.published() for arch in kernels.ARCHITECTURES
+                          if kernels.compiles_for(pair[0], arch)],
+                         ids=lambda v: v if isinstance(v, str) else re.sub(r"[^\w=.]+", "-", settings(v)))  # fmt: skip
 def test_every_specialisation_compiles_and_keeps_its_values_in_registers(builds, arch, name, macros):
     check_build(builds[arch, name, macros].result())
 

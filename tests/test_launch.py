@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 
@@ -10,7 +11,7 @@ import pytest
 from conftest import make_config
 
 import cupy_attn as ca
-from cupy_attn import cuda, kernels, launch
+from cupy_attn import cuda, kernels, launch, wgmma
 from cupy_attn.bench import MODELS, model_config
 
 GPUS = {  # multiprocessors, shared memory of a block and of a multiprocessor: CUDA C++ Programming Guide
@@ -74,7 +75,7 @@ def test_three_launches_that_fit_the_gpu(name, gpu):
         ("float16", "bfloat16"), (False, True), (1, 8, 64), (1, 2, 600)
     ):
         shape = launch.Shape(dtype, config.head_dim, precise, windowed=False, float32_angles=False)
-        calls = [launch.prefill(config, shape, limits, batch, seq, past_tiles=3, collect=False)]
+        calls = [wgmma.prefill(config, shape, limits, batch, seq, past_tiles=3, collect=False)]
         if seq == 1:
             calls.append(launch.decode(config, shape, limits, batch))
         for launches in calls:
@@ -84,6 +85,28 @@ def test_three_launches_that_fit_the_gpu(name, gpu):
                 assert one.smem_bytes + static <= limits.block_smem, one
                 assert 1 <= one.grid < 2**31
                 assert one.threads % 32 == 0
+
+
+def test_who_takes_hoppers_own_kernels(monkeypatch):
+    config, old = make_config(head_dim=128, hidden_size=320), dataclasses.replace(cuda.H200, wgmma=False)
+
+    def names(limits=cuda.H200, seq=300, windowed=False, collect=False, head_dim=128, hidden_size=320) -> list[str]:
+        shape = launch.Shape("float16", head_dim, precise=False, windowed=windowed, float32_angles=False)
+        other = dataclasses.replace(config, head_dim=head_dim, hidden_size=hidden_size)
+        return [one.name for one in wgmma.prefill(other, shape, limits, 1, seq, past_tiles=0, collect=collect)]
+
+    portable = ["project_qkv", "attend_prefill", "project_output"]
+    hopper = ["project_qkv_wgmma", "attend_wgmma", "project_output_wgmma"]
+    mixed = [hopper[0], portable[1], hopper[2]]
+    assert names() == hopper
+    assert names(seq=100) == mixed
+    assert names(windowed=True) == hopper
+    assert names(hidden_size=264) == [portable[0], hopper[1], portable[2]]
+    for given in ({"limits": old}, {"seq": 8}, {"collect": True}, {"head_dim": 64}):
+        assert names(**given) == portable
+    for value, wanted in (("1", False), ("0", True), ("", True)):
+        monkeypatch.setenv(wgmma.PORTABLE_VARIABLE, value)
+        assert wgmma.is_wanted() is wanted
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,24 @@
 // Enough of CUDA to run the kernels of this package on a CPU, for tests on machines without a GPU.
 //
-// Every thread of a block is a coroutine; blocks run one after the other. What a warp does together (shuffles, votes,
-// matrix loads and products) waits until all its lanes have come to it, and it is an error if they come to different
-// things. Which warp runs when is random, from a seed. Asynchronous copies land when they are waited for, or at once,
-// at random too: a read too early finds what was there before. Every access by a matrix load or a copy to shared memory
-// is checked against the block's dynamic shared memory. emulated_gpu.py turns inline PTX into calls of ptx_... below.
+// Every thread of a block is a coroutine; clusters, of one block or of several, run one after the other. What a warp
+// does together (shuffles, votes, matrix loads and products) waits until all its lanes have come to it, and it is an
+// error if they come to different things. Which warp runs when is random, from a seed. Asynchronous copies land when
+// they are waited for, or at once, at random too: a read too early finds what was there before. Every access by a
+// matrix load or a copy to shared memory is checked against the block's dynamic shared memory. emulated_gpu.py turns
+// inline PTX into calls of ptx_... below, and __shared__ variables into references to the block's own.
+//
+// Blocks of a cluster run at the same time. Now and then one of them is held back until the others can go no further. A
+// copy to several blocks lands in each of them on its own. It is an error if a block is copied to, or a barrier of it
+// arrived at, once it has ended.
+//
+// Of Hopper's units: a tensor copy lands between any two turns of threads and then counts on its barrier; a product of
+// a warpgroup reads its operands when it is issued, when it is committed or when it is waited for, and its sums are NaN
+// until then. One warp's wait for products stands for its warpgroup, but brings no warps together. Not seen: a missing
+// fence between stores and what reads them asynchronously.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -15,14 +26,24 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
+#include <list>
 #include <random>
+#include <unordered_map>
 #include <vector>
 
 namespace emulator {
 
 constexpr int LANES = 32, STACK_BYTES = 1 << 17, MOST_SHARED = 232448;
-enum State { READY, AT_WARP, AT_BLOCK, DONE };
+constexpr int GROUP_WARPS = 4, GROUP_LANES = GROUP_WARPS * LANES;
+constexpr int IDLE_ROUNDS = 1000;  // in a row, in which threads only look and sleep, until none is thought to go on
+constexpr int NAMED_BARRIERS = 16;
+constexpr int MOST_VARIABLES = 48 << 10, MOST_BLOCKS = 8;  // bytes of __shared__ variables; of a cluster
+constexpr unsigned STATIC_START = 1u << 30;  // addresses of __shared__ variables; far from the dynamic memory's
+enum State { READY, AT_WARP, AT_WARPGROUP, AT_BLOCK, AT_CLUSTER, AT_NAMED, AT_BARRIER, DONE };
+
+struct Block;
 
 struct Copy {
     char* to;
@@ -31,11 +52,15 @@ struct Copy {
 };
 
 struct Thread {
-    ucontext_t context;
+    ucontext_t context;  // where it begins
+    jmp_buf place;       // where it goes on
     std::vector<char> stack;
+    Block* block;
     uint3 index;
     int lane, warp;
     State state;
+    bool has_begun, is_idle;  // is_idle: gave its turn away only because it has to wait
+    unsigned barrier, parity;  // AT_BARRIER: what it waits for
     std::vector<Copy> copies;
     int group;
 };
@@ -44,40 +69,130 @@ struct Warp {
     int waiting, alive;
     const char* what;
     void* arguments[LANES];
+    int commits;  // groups of products
+    bool has_fence;
 };
 
-inline std::vector<Thread> threads;
-inline std::vector<Warp> warps;
+// An mbarrier. `place` in shared memory holds its mark, so that what is stored there by mistake shows.
+struct BarrierState {
+    unsigned long long* place;
+    int count, pending, bytes;
+    unsigned phase;
+};
+
+struct NamedBarrier {
+    int threads, arrived;
+    unsigned warps, turn;
+};
+
+// What a tensor map holds here; emulated_gpu.py writes it.
+struct Map {
+    long long address, columns, rows, pitch, box_columns, box_rows;
+};
+
+struct TensorCopy {
+    Block* block;  // whose memory and barrier it is to
+    char* to;
+    Map map;
+    unsigned barrier;
+    int column, row;
+    Thread* by;
+    unsigned turns;  // of threads, that it takes once it is looked at: about so many
+};
+
+// Sums of a warpgroup that products under way add to, lane by lane.
+struct Sums {
+    std::vector<float*> places;
+    std::vector<float> values;
+    int products;
+};
+
+enum Moment { AT_ISSUE, AT_COMMIT, AT_WAIT };
+
+struct Product {
+    std::list<Sums>::iterator sums;
+    std::function<void(float*)> run;
+    int group;
+    Moment moment;  // at which it runs, once those before it have; one for a group
+};
+
+struct Warpgroup {
+    int waiting;
+    unsigned turn;
+    const char* what;
+    void* arguments[GROUP_LANES];
+    std::list<Sums> sums;
+    std::deque<Product> products;
+    int number = -1;  // of the group that is being issued
+    Moment moment;
+};
+
+struct Block {
+    int rank, alive, waiting;  // in its cluster; threads that have not ended, those at __syncthreads
+    uint3 index;
+    std::vector<Thread> threads;
+    std::vector<Warp> warps;
+    std::vector<Warpgroup> warpgroups;
+    std::unordered_map<unsigned, BarrierState> barriers;  // by address
+    NamedBarrier named_barriers[NAMED_BARRIERS];
+    alignas(1024) char memory[MOST_SHARED];  // dynamic shared memory
+    alignas(1024) char between[1024];        // the end of the one is not the beginning of the other
+    alignas(1024) char variables[MOST_VARIABLES];
+};
+
+inline Block blocks[MOST_BLOCKS];  // of the cluster
+inline int num_blocks, cluster_waiting;
+inline Block* block;  // whose turn it is: current's, or whose barrier counts
 inline Thread* current;
-inline ucontext_t scheduler;
+inline std::vector<TensorCopy> tensor_copies;  // under way
+inline std::unordered_map<const void*, int> places;  // of the launch's __shared__ variables
+inline int places_end;
+inline jmp_buf scheduler;
 inline bool is_in_thread;
-inline int block_waiting, block_alive, shared_bytes, shared_start;
-inline uint3 block_index;
+inline int shared_bytes, shared_start;
 inline dim3 block_size, grid_size;
 inline std::mt19937 random_bits;
 inline std::function<void()> kernel;
-alignas(1024) inline char shared_memory[MOST_SHARED];
 
 inline char failure[200];  // why the launch was given up, or empty
 
-// Give the launch up. A thread that says so is not run any more, nor is any other.
-inline void fail(const char* what) {
-    std::snprintf(failure, sizeof failure, "%s; block %u, thread %u", what, block_index.x, current->index.x);
-    if (is_in_thread) swapcontext(&current->context, &scheduler);
+// _setjmp, not swapcontext, which asks the kernel for the mask of signals each time.
+__attribute__((noinline)) inline void yield() {
+    if (!_setjmp(current->place)) _longjmp(scheduler, 1);
 }
 
-inline void yield() { swapcontext(&current->context, &scheduler); }
+__attribute__((noinline)) inline void resume(Thread& t) {
+    current = &t, block = t.block;
+    is_in_thread = true;
+    if (!_setjmp(scheduler)) {
+        if (t.has_begun) _longjmp(t.place, 1);
+        t.has_begun = true;
+        setcontext(&t.context);
+    }
+    is_in_thread = false;
+}
+
+// Give the launch up. A thread that says so is not run any more, nor is any other.
+inline void fail(const char* what) {
+    std::snprintf(failure, sizeof failure, "%s; block %u, thread %u", what, current->block->index.x, current->index.x);
+    if (is_in_thread) yield();
+}
+
+inline void wake(State state) {
+    for (Thread& t : block->threads)
+        if (t.state == state) t.state = READY;
+}
 
 inline void leave_warp(Warp& warp) {
     warp.waiting = 0;
-    for (Thread& t : threads)
-        if (&warps[t.warp] == &warp && t.state == AT_WARP) t.state = READY;
+    for (Thread& t : block->threads)
+        if (&block->warps[t.warp] == &warp && t.state == AT_WARP) t.state = READY;
 }
 
 // Wait until every lane is here; the last one runs `act` for all, on what each brought.
 template <typename Act>
 void together(const char* what, void* arguments, Act act) {
-    Warp& warp = warps[current->warp];
+    Warp& warp = block->warps[current->warp];
     if (warp.waiting && std::strcmp(warp.what, what)) {
         char apart[100];
         std::snprintf(apart, sizeof apart, "a lane is at %s, others of its warp at %s", what, warp.what);
@@ -96,6 +211,34 @@ void together(const char* what, void* arguments, Act act) {
     yield();
 }
 
+// The same of a warpgroup.
+template <typename Act>
+void all_together(const char* what, void* arguments, Act act) {
+    const int number = current->warp / GROUP_WARPS;
+    if (block_size.x % GROUP_LANES) fail("not all lanes of a warpgroup are there");
+    for (int w = 0; w < GROUP_WARPS; ++w)
+        if (block->warps[number * GROUP_WARPS + w].alive != LANES) fail("not all lanes of a warpgroup are there");
+    Warpgroup& group = block->warpgroups[number];
+    const unsigned turn = group.turn;
+    group.arguments[current->index.x % GROUP_LANES] = arguments;
+    together(what, nullptr, [&](void**) {
+        if (group.waiting && std::strcmp(group.what, what)) {
+            char apart[100];
+            std::snprintf(apart, sizeof apart, "a warp is at %s, others of its warpgroup at %s", what, group.what);
+            fail(apart);
+        }
+        group.what = what;
+        if (++group.waiting < GROUP_WARPS) return;
+        act(group.arguments);
+        group.waiting = 0, ++group.turn;
+        wake(AT_WARPGROUP);
+    });
+    while (group.turn == turn) {
+        current->state = AT_WARPGROUP;
+        yield();
+    }
+}
+
 inline void land(const Copy& copy) {
     std::memset(copy.to, 0, copy.bytes);
     std::memcpy(copy.to, copy.from, copy.valid);
@@ -105,22 +248,153 @@ inline void entry() {
     kernel();
     for (const Copy& copy : current->copies) land(copy);  // they end with their thread
     current->state = DONE;
-    --warps[current->warp].alive;
-    --block_alive;
-    if (warps[current->warp].waiting) fail("a lane ended where others wait");
-    swapcontext(&current->context, &scheduler);
+    --block->warps[current->warp].alive;
+    --block->alive;
+    const Warpgroup& group = block->warpgroups[current->warp / GROUP_WARPS];
+    if (block->warps[current->warp].waiting || group.waiting) fail("a lane ended where others wait");
+    if (!group.products.empty()) fail("a thread ended before its products");
+    yield();
 }
 
-inline void run_block() {
+inline char* shared(unsigned address, int bytes) {
+    const int offset = static_cast<int>(address) - shared_start;
+    if (offset < 0 || offset + bytes > shared_bytes) fail("an address outside the block's shared memory");
+    if (offset % bytes) fail("a misaligned address");
+    return block->memory + offset;
+}
+
+// The block's own of a __shared__ variable, at the same place in all blocks. Whoever names it first takes the place.
+template <typename T>
+T& variable(const void* name, size_t alignment) {
+    const auto [found, is_new] = places.try_emplace(name, 0);
+    if (is_new) {
+        alignment = std::max(alignment, alignof(T));
+        found->second = static_cast<int>((places_end + alignment - 1) / alignment * alignment);
+        places_end = found->second + static_cast<int>(sizeof(T));
+        if (places_end > MOST_VARIABLES) fail("more __shared__ variables than a block can have");
+    }
+    return *reinterpret_cast<T*>(block->variables + found->second);
+}
+
+// Barriers of shared memory.
+
+inline unsigned long long mark_of(unsigned address) { return 0x9e3779b97f4a7c15ull ^ address; }
+
+inline BarrierState* barrier_at(unsigned address) {
+    const auto found = block->barriers.find(address);
+    if (found == block->barriers.end()) return fail("a barrier that is not initialised"), nullptr;
+    if (*found->second.place != mark_of(address)) return fail("a barrier that was overwritten"), nullptr;
+    return &found->second;
+}
+
+inline void end_phase_if_done(unsigned address, BarrierState& barrier) {
+    if (barrier.pending) return;
+    if (barrier.bytes < 0) return fail("more bytes were copied than a barrier expects");
+    if (barrier.bytes) return;
+    barrier.pending = barrier.count, ++barrier.phase;
+    for (Thread& t : block->threads)
+        if (t.state == AT_BARRIER && t.barrier == address) t.state = READY;
+}
+
+// Look at any one of the tensor copies that are under way, and let it end if it may or must.
+inline void land_tensor_copy(bool must) {
+    std::swap(tensor_copies[random_bits() % tensor_copies.size()], tensor_copies.back());
+    const TensorCopy copy = tensor_copies.back();
+    if (!must && random_bits() % copy.turns) return;
+    tensor_copies.pop_back();
+    const Map& map = copy.map;
+    const long long first = std::max(0, -copy.column), end = std::min(map.box_columns, map.columns - copy.column);
+    for (int r = 0; r < map.box_rows; ++r) {
+        const long long row = static_cast<long long>(copy.row) + r;
+        char line[128] = {};
+        if (row >= 0 && row < map.rows && first < end)
+            std::memcpy(line + 2 * first,
+                        reinterpret_cast<const char*>(map.address) + row * map.pitch + 2 * (copy.column + first),
+                        2 * (end - first));
+        for (int piece = 0; piece < 8; ++piece)
+            std::memcpy(copy.to + r * 128 + (piece ^ r % 8) * 16, line + piece * 16, 16);
+    }
+    current = copy.by, block = copy.block;  // to blame; to count
+    BarrierState* barrier = barrier_at(copy.barrier);
+    if (barrier == nullptr) return;
+    barrier->bytes -= static_cast<int>(map.box_rows) * 128;
+    end_phase_if_done(copy.barrier, *barrier);
+}
+
+// Products of a warpgroup.
+
+inline void run_product(Warpgroup& group) {
+    const Product product = std::move(group.products.front());
+    group.products.pop_front();
+    Sums& sums = *product.sums;
+    product.run(sums.values.data());
+    if (--sums.products) return;
+    for (size_t i = 0; i < sums.places.size(); ++i) *sums.places[i] = sums.values[i];
+    group.sums.erase(product.sums);
+}
+
+inline void run_products(Warpgroup& group, Moment moment) {
+    while (!group.products.empty() && group.products.front().moment <= moment) run_product(group);
+}
+
+inline void end_block(Block& ended) {
+    block = &ended, current = &block->threads[0];
+    for (const TensorCopy& copy : tensor_copies)
+        if (copy.block == block) return fail("the block ended before a tensor copy");
+    for (const auto& [address, barrier] : block->barriers) {
+        if (barrier.bytes > 0) return fail("the block ended where a barrier expects more bytes");
+        if (barrier.bytes < 0) return fail("the block ended where more bytes were copied than a barrier expects");
+    }
+    for (const NamedBarrier& barrier : block->named_barriers)
+        if (barrier.arrived) return fail("the block ended with arrivals at a named barrier");
+}
+
+// Nobody got anywhere in a round: let a copy land, or let those at a barrier look again, or give up.
+inline void go_on_from_idle_round(int idle_rounds) {
+    if (!tensor_copies.empty()) return land_tensor_copy(true);
+    bool is_any_ready = false, is_any_at_barrier = false;
+    for (int b = 0; b < num_blocks; ++b)
+        for (Thread& t : blocks[b].threads) {
+            is_any_ready |= t.state == READY;
+            if (t.state != AT_BARRIER) continue;
+            is_any_at_barrier = true;
+            current = &t;
+            t.state = READY;
+        }
+    if ((is_any_ready || is_any_at_barrier) && idle_rounds < IDLE_ROUNDS) return;
+    char why[100] = "every thread waits or sleeps";
+    if (is_any_at_barrier) {
+        std::snprintf(why, sizeof why, "every thread waits, this one for the end of a phase of parity %u of a barrier",
+                      current->parity);
+    } else if (!is_any_ready) {
+        std::strcpy(why, "every thread waits");
+    }
+    fail(why);
+}
+
+// Nobody got anywhere in a round without the block that is held back: let a copy land, or that block go on.
+inline void go_on_without_held(Block*& held) {
+    if (!tensor_copies.empty() && random_bits() % 4) return land_tensor_copy(true);
+    held = nullptr;
+}
+
+inline void begin_block(int rank, unsigned index) {
     const int count = block_size.x;
-    threads.resize(count);
-    warps.assign((count + LANES - 1) / LANES, Warp{0, LANES, "", {}});
-    block_waiting = 0, block_alive = count;
+    block = &blocks[rank];
+    block->rank = rank, block->index = {index, 0, 0};
+    std::memset(block->memory, 0xff, MOST_SHARED);  // NaN
+    std::memset(block->variables, 0xff, MOST_VARIABLES);
+    block->threads.resize(count);
+    block->warps.assign((count + LANES - 1) / LANES, Warp{0, LANES, "", {}, 0, false});
+    block->warpgroups.assign((block->warps.size() + GROUP_WARPS - 1) / GROUP_WARPS, Warpgroup());
+    block->barriers.clear();
+    std::fill(block->named_barriers, block->named_barriers + NAMED_BARRIERS, NamedBarrier());
+    block->waiting = 0, block->alive = count;
     for (int i = 0; i < count; ++i) {
-        Thread& t = threads[i];
+        Thread& t = block->threads[i];
         t.stack.resize(STACK_BYTES);
-        t.index = {static_cast<unsigned>(i), 0, 0};
-        t.lane = i % LANES, t.warp = i / LANES, t.state = READY, t.group = 0;
+        t.block = block, t.index = {static_cast<unsigned>(i), 0, 0};
+        t.lane = i % LANES, t.warp = i / LANES, t.state = READY, t.group = 0, t.has_begun = false;
         t.copies.clear();
         getcontext(&t.context);
         t.context.uc_stack.ss_sp = t.stack.data();
@@ -128,63 +402,96 @@ inline void run_block() {
         t.context.uc_link = nullptr;
         makecontext(&t.context, entry, 0);
     }
-    std::vector<int> order(warps.size());
+}
+
+inline int threads_alive() {
+    int alive = 0;
+    for (int b = 0; b < num_blocks; ++b) alive += blocks[b].alive;
+    return alive;
+}
+
+// Let go on who waits for all threads of the block, or of the cluster, where all have come; return whether any does.
+inline bool end_waits() {
+    bool is_any = false;
+    for (int b = 0; b < num_blocks; ++b) {
+        block = &blocks[b];
+        if (!block->alive || block->waiting != block->alive) continue;
+        block->waiting = 0, is_any = true;
+        wake(AT_BLOCK);
+    }
+    if (!cluster_waiting || cluster_waiting != threads_alive()) return is_any;
+    cluster_waiting = 0;
+    for (int b = 0; b < num_blocks; ++b) {
+        block = &blocks[b];
+        wake(AT_CLUSTER);
+    }
+    return true;
+}
+
+inline void run_cluster(unsigned first) {
+    tensor_copies.clear();
+    cluster_waiting = 0;
+    for (int b = 0; b < num_blocks; ++b) begin_block(b, first + b);
+    const int warps = static_cast<int>(blocks[0].warps.size());
+    std::vector<int> order(num_blocks * warps);
     for (size_t w = 0; w < order.size(); ++w) order[w] = static_cast<int>(w);
-    while (block_alive) {
+    int idle_rounds = 0;
+    Block* held = nullptr;  // gets no turns
+    constexpr unsigned ODDS[] = {4, 16, 64, 1u << 31};
+    const unsigned odds = num_blocks > 1 ? ODDS[random_bits() % 4] : 0;
+    if (odds && random_bits() % 2) held = &blocks[random_bits() % num_blocks];
+    while (threads_alive()) {
         std::shuffle(order.begin(), order.end(), random_bits);
-        bool any = false;
+        if (!idle_rounds++ && odds && held == nullptr && random_bits() % odds == 0)
+            held = &blocks[random_bits() % num_blocks];
         for (int w : order) {
-            for (int lane = 0; lane < LANES && w * LANES + lane < count; ++lane) {
-                Thread& t = threads[w * LANES + lane];
+            Block& its = blocks[w / warps];
+            if (&its == held) continue;
+            for (int lane = 0; lane < LANES && w % warps * LANES + lane < static_cast<int>(block_size.x); ++lane) {
+                Thread& t = its.threads[w % warps * LANES + lane];
                 if (t.state != READY) continue;
-                any = true;
-                current = &t;
-                is_in_thread = true;
-                swapcontext(&scheduler, &t.context);
-                is_in_thread = false;
+                t.is_idle = false;
+                resume(t);
+                if (!t.is_idle) idle_rounds = 0;
+                if (!*failure && !tensor_copies.empty()) land_tensor_copy(false);
+                if (!*failure && !its.alive) end_block(its);
                 if (*failure) return;
             }
         }
-        if (block_alive && block_waiting == block_alive) {
-            block_waiting = 0;
-            for (Thread& t : threads)
-                if (t.state == AT_BLOCK) t.state = READY;
-        } else if (!any) {
-            return fail("every thread waits");
+        if (end_waits()) {
+            idle_rounds = 0;
+        } else if (held != nullptr && idle_rounds) {
+            go_on_without_held(held);
+        } else if (threads_alive() && idle_rounds) {
+            go_on_from_idle_round(idle_rounds);
         }
+        if (*failure) return;
     }
 }
 
-inline char* shared(unsigned address, int bytes) {
-    const int offset = static_cast<int>(address) - shared_start;
-    if (offset < 0 || offset + bytes > shared_bytes) fail("an address outside the block's shared memory");
-    if (offset % bytes) fail("a misaligned address");
-    return shared_memory + offset;
-}
-
-// Launch on every block, in order; return why it was given up, or nothing.
-inline const char* launch(unsigned grid, unsigned block, int smem_bytes, unsigned seed, std::function<void()> function) {
+// Launch on every cluster, in order; return why it was given up, or nothing.
+inline const char* launch(unsigned grid, unsigned block_threads, int cluster, int smem_bytes, unsigned seed,
+                          std::function<void()> function) {
+    if (cluster < 1 || cluster > MOST_BLOCKS || grid % cluster) return "a grid that is not of whole clusters";
     kernel = std::move(function);
-    grid_size = dim3(grid), block_size = dim3(block), shared_bytes = smem_bytes;
+    grid_size = dim3(grid), block_size = dim3(block_threads), num_blocks = cluster, shared_bytes = smem_bytes;
     random_bits.seed(seed);
     *failure = 0;
-    for (unsigned i = 0; i < grid && !*failure; ++i) {
-        block_index = {i, 0, 0};
-        std::memset(shared_memory, 0xff, MOST_SHARED);  // NaN
-        run_block();
-    }
+    places.clear();
+    places_end = 0;
+    for (unsigned i = 0; i < grid && !*failure; i += cluster) run_cluster(i);
     return failure;
 }
 
 }  // namespace emulator
 
 #define threadIdx (emulator::current->index)
-#define blockIdx (emulator::block_index)
+#define blockIdx (emulator::block->index)
 #define blockDim (emulator::block_size)
 #define gridDim (emulator::grid_size)
 
 inline void __syncthreads() {
-    ++emulator::block_waiting;
+    ++emulator::block->waiting;
     emulator::current->state = emulator::AT_BLOCK;
     emulator::yield();
 }
@@ -193,7 +500,10 @@ inline void __syncwarp(unsigned = ~0u) {
     emulator::together("__syncwarp", nullptr, [](void**) {});
 }
 
-inline void __nanosleep(unsigned) { emulator::yield(); }
+inline void __nanosleep(unsigned) {
+    emulator::current->is_idle = true;
+    emulator::yield();
+}
 inline void __threadfence() {}
 
 struct ShuffleArguments {
@@ -271,8 +581,14 @@ inline float __fmul_rn(float a, float b) { return a * b; }
 inline float __int_as_float(int bits) { return float_of(static_cast<uint32_t>(bits)); }
 inline float __uint_as_float(unsigned bits) { return float_of(bits); }
 
+// The same of all blocks, for what lies at the same place in them.
 inline size_t __cvta_generic_to_shared(const void* p) {
-    return static_cast<const char*>(p) - emulator::shared_memory + emulator::shared_start;
+    using namespace emulator;
+    const auto* byte = static_cast<const char*>(p);
+    if (byte >= block->memory && byte <= block->memory + MOST_SHARED) return byte - block->memory + shared_start;
+    if (byte >= block->variables && byte < block->variables + places_end) return byte - block->variables + STATIC_START;
+    fail("a pointer that is not to the block's shared memory");
+    return 0;
 }
 
 // Inline PTX, by its first word.
@@ -280,10 +596,14 @@ inline size_t __cvta_generic_to_shared(const void* p) {
 inline void ptx_griddepcontrol() {}
 inline void ptx_prefetch(const void*) {}
 inline void ptx_nothing(int&) {}
+inline void ptx_nothing(float&) {}
+inline void ptx_fence() {}
 inline void ptx_mad(unsigned& d, unsigned a, unsigned b) {
     d = static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32) + 256;
 }
 inline void ptx_atom(int& before, int* place) { before = atomicAdd(place, 1); }
+inline void ptx_red(int* place, int value) { atomicAdd(place, value); }
+inline void ptx_load_acquire(int& value, const int* place) { value = *place; }
 
 inline void ptx_cp_async(unsigned to, const void* from, int bytes, int valid) {
     using namespace emulator;
@@ -409,3 +729,285 @@ PTX_MMA_16(ptx_mma_k16_f16, __half)
 PTX_MMA_16(ptx_mma_k16_bf16, __nv_bfloat16)
 PTX_MMA_8(ptx_mma_k8_f16, __half)
 PTX_MMA_8(ptx_mma_k8_bf16, __nv_bfloat16)
+
+// Barriers of shared memory (mbarrier).
+
+inline void ptx_barrier_init(unsigned address, int count) {
+    using namespace emulator;
+    if (address % 8) fail("a misaligned address");
+    if (count < 1) fail("a barrier of no arrivals");
+    if (block->barriers.count(address)) fail("a barrier is initialised twice");
+    char* place = address >= STATIC_START ? block->variables + (address - STATIC_START) : shared(address, 8);
+    BarrierState barrier = {reinterpret_cast<unsigned long long*>(place), count, count, 0, 0};
+    *barrier.place = mark_of(address);
+    block->barriers[address] = barrier;
+}
+
+inline void ptx_barrier_expect(unsigned address, int bytes) {
+    using namespace emulator;
+    BarrierState& barrier = *barrier_at(address);
+    if (!barrier.pending) fail("more arrivals at a barrier than it counts");
+    if (bytes < 0) fail("a barrier expects fewer than no bytes");
+    --barrier.pending, barrier.bytes += bytes;
+    end_phase_if_done(address, barrier);
+}
+
+inline void ptx_barrier_arrive(unsigned address) { ptx_barrier_expect(address, 0); }
+
+// The same of the barrier at the same place in another block.
+inline void ptx_barrier_arrive_at(unsigned address, int rank) {
+    using namespace emulator;
+    if (rank < 0 || rank >= num_blocks) fail("an arrival at a block that is not of the cluster");
+    if (!blocks[rank].alive) fail("an arrival at a barrier of a block that has ended");
+    block = &blocks[rank];
+    ptx_barrier_arrive(address);
+    block = current->block;
+}
+
+inline void ptx_barrier_try_wait(unsigned& done, unsigned address, unsigned parity) {
+    using namespace emulator;
+    if (parity > 1) fail("a parity that is neither 0 nor 1");
+    done = barrier_at(address)->phase % 2 != parity;
+    if (done) return;
+    current->barrier = address, current->parity = parity;
+    current->is_idle = true, current->state = AT_BARRIER;
+    yield();
+}
+
+// Named barriers: warps come to them whole.
+
+inline void named_barrier(const char* what, int id, int count, bool waits) {
+    using namespace emulator;
+    if (id < 1 || id >= NAMED_BARRIERS) fail("a named barrier that is not 1 to 15");  // 0 is __syncthreads'
+    if (count < LANES || count % LANES) fail("a named barrier of parts of warps");
+    NamedBarrier& barrier = block->named_barriers[id];
+    struct Arguments {
+        int id, count;
+        unsigned turn;
+    } arguments = {id, count, 0};
+    together(what, &arguments, [&](void** all) {
+        for (int i = 0; i < LANES; ++i) {
+            auto* a = static_cast<Arguments*>(all[i]);
+            if (a->id != id || a->count != count) fail("lanes of a warp are at different named barriers");
+            a->turn = barrier.turn;
+        }
+        if (barrier.arrived && barrier.threads != count) fail("a named barrier is said to be of different threads");
+        if (barrier.warps >> current->warp & 1) fail("a warp comes to a named barrier a second time");
+        barrier.threads = count, barrier.arrived += LANES, barrier.warps |= 1u << current->warp;
+        if (barrier.arrived < count) return;
+        barrier.arrived = 0, barrier.warps = 0, ++barrier.turn;
+        wake(AT_NAMED);
+    });
+    while (waits && barrier.turn == arguments.turn) {
+        current->state = AT_NAMED;
+        yield();
+    }
+}
+
+inline void ptx_bar_sync(int id, int count) { named_barrier("bar.sync", id, count, true); }
+inline void ptx_bar_arrive(int id, int count) { named_barrier("bar.arrive", id, count, false); }
+
+inline void tensor_copy_to(int rank, unsigned to, const void* map, unsigned barrier, int column, int row) {
+    using namespace emulator;
+    if (!blocks[rank].alive) fail("a copy to a block that has ended");
+    constexpr unsigned TURNS[] = {1, 64, 4096, 4096};
+    TensorCopy copy = {&blocks[rank], nullptr, {}, barrier, column, row, current, TURNS[random_bits() % 4]};
+    std::memcpy(&copy.map, map, sizeof copy.map);
+    if (copy.map.box_columns != 64 || copy.map.box_rows < 1 || copy.map.box_rows > 256) fail("not a tensor map");
+    if (to % 1024) fail("a tile that does not begin at a multiple of 1024 bytes");
+    copy.to = copy.block->memory + (shared(to, 128) - block->memory);
+    shared(to + static_cast<unsigned>(copy.map.box_rows - 1) * 128, 128);
+    tensor_copies.push_back(copy);
+}
+
+inline void ptx_tensor_copy(unsigned to, const void* map, unsigned barrier, int column, int row) {
+    using namespace emulator;
+    if (reinterpret_cast<uintptr_t>(map) % 64) fail("a misaligned tensor map");
+    barrier_at(barrier);
+    tensor_copy_to(block->rank, to, map, barrier, column, row);
+}
+
+// To the same place in every block of the mask; another's barrier is looked for once the copy lands.
+inline void ptx_tensor_copy_to_blocks(unsigned to, const void* map, unsigned barrier, int column, int row,
+                                      unsigned mask) {
+    using namespace emulator;
+    if (reinterpret_cast<uintptr_t>(map) % 64) fail("a misaligned tensor map");
+    if (!mask || mask >> num_blocks) fail("a copy to blocks that are not of the cluster");
+    for (int rank = 0; rank < num_blocks; ++rank)
+        if (mask >> rank & 1) tensor_copy_to(rank, to, map, barrier, column, row);
+}
+
+// Clusters: warps come to their barrier whole, and all of all blocks.
+
+inline void ptx_cluster_rank(int& rank) { rank = emulator::block->rank; }
+
+inline void ptx_cluster_sync() {
+    using namespace emulator;
+    together("barrier.cluster", nullptr, [](void**) {});
+    ++cluster_waiting;
+    current->state = AT_CLUSTER;
+    yield();
+}
+
+// Products of a warpgroup (wgmma).
+
+inline void ptx_setmaxnreg(int count) {
+    if (count < 24 || count > 256 || count % 8) emulator::fail("setmaxnreg of a wrong number of registers");
+    emulator::all_together("setmaxnreg", nullptr, [](void**) {});
+}
+
+inline void ptx_products_fence() {
+    using namespace emulator;
+    together("wgmma.fence", nullptr, [](void**) { block->warps[current->warp].has_fence = true; });
+}
+
+inline void ptx_products_commit() {
+    using namespace emulator;
+    together("wgmma.commit_group", nullptr, [](void**) {
+        ++block->warps[current->warp].commits;
+        run_products(block->warpgroups[current->warp / GROUP_WARPS], AT_COMMIT);
+    });
+}
+
+inline void ptx_products_wait(int pending) {
+    using namespace emulator;
+    together("wgmma.wait_group", nullptr, [=](void**) {
+        Warpgroup& group = block->warpgroups[current->warp / GROUP_WARPS];
+        while (!group.products.empty() && group.products.front().group < block->warps[current->warp].commits - pending)
+            run_product(group);
+    });
+}
+
+template <typename T>
+const float* floats_of_bits() {
+    static const std::vector<float> floats = [] {
+        std::vector<float> all(1 << 16);
+        for (unsigned bits = 0; bits < all.size(); ++bits) all[bits] = element<T>(bits, 0);
+        return all;
+    }();
+    return floats.data();
+}
+
+// Read an operand [ROWS, 16] of a descriptor; transposed, its rows are contiguous in shared memory.
+template <typename T, int ROWS, bool TRANSPOSED>
+void read_operand(unsigned long long descriptor, float (&operand)[16][ROWS]) {
+    const auto field = [=](int bit) { return static_cast<unsigned>(descriptor >> bit & 0x3fff) << 4; };
+    const unsigned start = field(0), leading = field(16), stride = field(32);
+    const float* floats = floats_of_bits<T>();
+    for (int piece = 0; piece < 2 * ROWS; ++piece) {  // 8 elements, 16 bytes
+        const int row = TRANSPOSED ? piece % (ROWS / 8) * 8 : piece / 2;
+        const int k = TRANSPOSED ? piece / (ROWS / 8) : piece % 2 * 8;
+        unsigned address = TRANSPOSED ? start + row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * 2
+                                      : start + row / 8 * stride + row % 8 * 128 + k * 2;
+        address ^= address >> 3 & 0x70;
+        unsigned short bits[8];
+        std::memcpy(bits, emulator::shared(address, 16), 16);
+        for (int e = 0; e < 8; ++e) operand[TRANSPOSED ? k : k + e][TRANSPOSED ? row + e : row] = floats[bits[e]];
+    }
+}
+
+inline void check_descriptor(unsigned long long descriptor) {
+    constexpr unsigned long long FIELDS = 0x3fffull | 0x3fffull << 16 | 0x3fffull << 32;
+    if ((descriptor & ~FIELDS) != 1ull << 62) emulator::fail("a descriptor of another kind than 128-byte swizzle");
+    if (descriptor & 0x38) emulator::fail("an operand whose rows do not begin at a multiple of 1024 bytes");
+}
+
+template <int N>
+struct ProductOperands {
+    float* sums[N / 2];
+    bool adds;
+    unsigned long long a, b;
+    unsigned registers[4];
+};
+
+// m64nNk16. A is [64, 16], in shared memory or in registers.
+template <typename T, int N, bool IN_REGISTERS, bool A_TRANSPOSED, bool B_TRANSPOSED>
+void warpgroup_product(const char* what, ProductOperands<N> mine) {
+    using namespace emulator;
+    all_together(what, &mine, [=](void** all) {
+        constexpr int EACH = N / 2;
+        const auto operands = [=](int i) { return static_cast<ProductOperands<N>*>(all[i]); };
+        Warpgroup& group = block->warpgroups[current->warp / GROUP_WARPS];
+        const int first_warp = current->warp / GROUP_WARPS * GROUP_WARPS;
+        for (int i = 0; i < GROUP_LANES; ++i) {
+            const ProductOperands<N>& other = *operands(i);
+            if (other.a != mine.a || other.b != mine.b) fail("lanes of a warpgroup have different descriptors");
+            if (other.adds != mine.adds) fail("lanes of a warpgroup differ in whether a product adds");
+        }
+        for (int w = first_warp; w < first_warp + GROUP_WARPS; ++w) {
+            const Warp& warp = block->warps[w];
+            if (warp.commits != block->warps[first_warp].commits) fail("warps have committed different groups");
+            if (!warp.has_fence) fail("a product without a wgmma.fence before it");
+        }
+        if (!IN_REGISTERS) check_descriptor(mine.a);
+        check_descriptor(mine.b);
+
+        // Registers are read now.
+        std::vector<float> registers(IN_REGISTERS ? 16 * 64 : 0);
+        if (IN_REGISTERS) {
+            for (int i = 0; i < GROUP_LANES; ++i)
+                for (int pair = 0; pair < 4; ++pair)
+                    for (int e = 0; e < 2; ++e) {
+                        const int row = i / LANES * 16 + i % LANES / 4 + pair % 2 * 8, k = i % 4 * 2 + e + pair / 2 * 8;
+                        registers[k * 64 + row] = element<T>(operands(i)->registers[pair], e);
+                    }
+        }
+        const bool adds = mine.adds;
+        const unsigned long long a_place = mine.a, b_place = mine.b;
+        const auto run = [=](float* sums) __attribute__((optimize("O3"))) {
+            static float a[16][64], b[16][N];
+            if (IN_REGISTERS) {
+                std::memcpy(a, registers.data(), sizeof a);
+            } else {
+                read_operand<T, 64, A_TRANSPOSED>(a_place, a);
+            }
+            read_operand<T, N, B_TRANSPOSED>(b_place, b);
+            for (int row = 0; row < 64; ++row) {
+                double total[N] = {};
+                for (int k = 0; k < 16; ++k)
+                    for (int n = 0; n < N; ++n) total[n] += static_cast<double>(a[k][row]) * b[k][n];
+                for (int n = 0; n < N; ++n) {
+                    const int lane = row / 16 * LANES + row % 8 * 4 + n % 8 / 2;
+                    float& sum = sums[lane * EACH + n / 8 * 4 + row % 16 / 8 * 2 + n % 2];
+                    sum = static_cast<float>(adds ? sum + total[n] : total[n]);
+                }
+            }
+        };
+
+        std::vector<float*> places;
+        for (int i = 0; i < GROUP_LANES; ++i)
+            places.insert(places.end(), operands(i)->sums, operands(i)->sums + EACH);
+        const auto is_same = [&](const Sums& sums) { return sums.places == places; };
+        auto sums = std::find_if(group.sums.begin(), group.sums.end(), is_same);
+        if (sums == group.sums.end()) {
+            sums = group.sums.insert(sums, {places, {}, 0});
+            for (float* place : places) {
+                sums->values.push_back(*place);
+                *place = NAN;
+            }
+        }
+        ++sums->products;
+        const int number = block->warps[first_warp].commits;
+        if (group.number != number) {
+            constexpr Moment MOMENTS[] = {AT_ISSUE, AT_COMMIT, AT_WAIT, AT_WAIT};
+            group.number = number, group.moment = MOMENTS[random_bits() % 4];
+        }
+        group.products.push_back({sums, run, number, group.moment});
+        run_products(group, AT_ISSUE);
+    });
+}
+
+template <typename T, int N, bool A_TRANSPOSED, bool B_TRANSPOSED>
+void ptx_product(const char* what, ProductOperands<N> sums, bool adds, unsigned long long a, unsigned long long b) {
+    sums.adds = adds, sums.a = a, sums.b = b;
+    warpgroup_product<T, N, false, A_TRANSPOSED, B_TRANSPOSED>(what, sums);
+}
+
+template <typename T, int N, bool B_TRANSPOSED>
+void ptx_product_of_registers(const char* what, ProductOperands<N> sums, bool adds, unsigned a0, unsigned a1,
+                              unsigned a2, unsigned a3, unsigned long long b) {
+    const unsigned registers[4] = {a0, a1, a2, a3};
+    sums.adds = adds, sums.b = b;
+    std::copy(registers, registers + 4, sums.registers);
+    warpgroup_product<T, N, true, false, B_TRANSPOSED>(what, sums);
+}

@@ -7,11 +7,11 @@
 #define __device__
 #define __host__
 #define __global__
-#define __shared__ static
 #define __restrict__
 #define __forceinline__ inline
 #define __align__(n) __attribute__((aligned(n)))
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __maxnreg__(...)
 #define __grid_constant__
 

@@ -1,0 +1,64 @@
+"""Tensor maps: what Hopper's copy engine is told of an array (CUDA driver API, tensor map object management)."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import numpy as np
+
+from .errors import DeviceError
+from .launcher import INVALID_CONTEXT, make_context_current
+
+MAP_BYTES = 128
+BOX_COLUMNS = 64  # of float16: the 128 bytes of a swizzled row
+_FLOAT16, _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _ZEROS_OUTSIDE = 6, 0, 3, 3, 0  # enums of cuda.h
+
+
+@functools.cache
+def _encode() -> Any:
+    function = ctypes.CDLL("libcuda.so.1").cuTensorMapEncodeTiled
+    function.argtypes = (
+        ctypes.c_void_p, ctypes.c_int, ctypes.c_uint32, ctypes.c_void_p, ctypes.POINTER(ctypes.c_uint64),
+        ctypes.POINTER(ctypes.c_uint64), ctypes.POINTER(ctypes.c_uint32), ctypes.POINTER(ctypes.c_uint32), ctypes.c_int,
+        ctypes.c_int, ctypes.c_int, ctypes.c_int,
+    )  # fmt: skip
+    return function
+
+
+@functools.lru_cache(maxsize=1024)
+def tensor_map(address: int, columns: int, rows: int, box_rows: int) -> bytes:
+    """Return the map of a C-contiguous float16 matrix on the GPU, copied in boxes of ``box_rows`` x 64.
+
+    Parameters
+    ----------
+    address : int
+        A multiple of 16.
+    columns, rows : int
+        Shape; ``2 * columns`` must be a multiple of 16.
+    box_rows : int
+        At most 256.
+
+    Raises
+    ------
+    DeviceError
+        The driver refused it.
+    """
+    aligned = np.zeros(MAP_BYTES + 64, np.uint8)
+    start = -aligned.ctypes.data % 64
+    arguments = (
+        aligned.ctypes.data + start, _FLOAT16, 2, address, (ctypes.c_uint64 * 2)(columns, rows),
+        (ctypes.c_uint64 * 1)(2 * columns), (ctypes.c_uint32 * 2)(BOX_COLUMNS, box_rows), (ctypes.c_uint32 * 2)(1, 1),
+        _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _ZEROS_OUTSIDE,
+    )  # fmt: skip
+    status = _encode()(*arguments)
+    if status == INVALID_CONTEXT:
+        make_context_current()
+        status = _encode()(*arguments)
+    if status:
+        raise DeviceError(
+            f"the CUDA driver refused a tensor map of {rows} x {columns} float16 (error {status}); set "
+            "CUPY_ATTN_PORTABLE=1 to do without."
+        )
+    return aligned[start : start + MAP_BYTES].tobytes()

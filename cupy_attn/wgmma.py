@@ -1,0 +1,107 @@
+"""Launch arithmetic of prefill on Hopper's own units: what ``*_wgmma.cu`` take, and with which tiles.
+
+Needs no GPU. Every formula here has its twin at the top of a file in ``kernels_cu``.
+"""
+
+from __future__ import annotations
+
+import os
+
+from . import launch
+from .config import AttentionConfig
+from .launch import GEMM_BLOCK_K, Launch, Limits, Shape, macros_of
+
+PORTABLE_VARIABLE = "CUPY_ATTN_PORTABLE"
+"""Set to anything but 0 or nothing: take the kernels that run on every GPU, on Hopper too."""
+
+HEAD_DIM = 128
+BLOCK_M = 128  # rows of x, or queries, of a block
+THREADS = 384
+BOX_ROWS = 128  # of W, in one copy, at most
+CLUSTER = 2  # blocks that share what they copy of W
+LEAST_ROWS, LEAST_QUERIES = 64, 128  # of a call, of a sequence: fewer leave most of a tile empty
+STAGES = 2  # attend_wgmma.cu
+PAST_ROWS_A_WARP = 8
+ALIGNMENT = 1024  # of dynamic shared memory; what is static takes no more than that
+
+
+def is_wanted() -> bool:
+    """Return whether the environment leaves these kernels in use."""
+    return os.environ.get(PORTABLE_VARIABLE, "0") in ("", "0")
+
+
+def projects(config: AttentionConfig, shape: Shape, limits: Limits, rows: int, *, collect: bool) -> bool:
+    """Return whether both projections of ``rows`` rows of x run on these kernels."""
+    fits = shape.head_dim == HEAD_DIM and config.hidden_size % GEMM_BLOCK_K == 0
+    enough = limits.num_sms >= CLUSTER and rows >= LEAST_ROWS
+    return limits.wgmma and fits and not collect and enough
+
+
+def attends(shape: Shape, limits: Limits, seq: int, *, collect: bool) -> bool:
+    """Return whether attention of S queries a sequence runs on these kernels."""
+    return limits.wgmma and shape.head_dim == HEAD_DIM and not collect and seq >= LEAST_QUERIES
+
+
+def _tiles(rows: int, columns: int, block_n: int) -> int:
+    """Return how many tiles a result has, those of a cluster counted as one."""
+    return -(-rows // (BLOCK_M * CLUSTER)) * -(-columns // block_n)
+
+
+def _columns(limits: Limits, rows: int, columns: int, sizes: tuple[int, ...]) -> int:
+    """Return how many columns a tile has for the least time: rounds of all clusters, times what one takes."""
+    costs = {256: 256, 128: 144, 64: 92}  # narrow tiles read more of x and W for every product
+    return min(sizes, key=lambda size: -(-_tiles(rows, columns, size) // (limits.num_sms // CLUSTER)) * costs[size])
+
+
+def _ring(limits: Limits, block_n: int) -> tuple[int, int]:
+    """Return how many buffers a tile's copies go through, and their bytes."""
+    stage = (BLOCK_M + block_n) * GEMM_BLOCK_K * 2
+    stages = min(6, (limits.block_smem - ALIGNMENT) // stage)
+    return stages, stages * stage
+
+
+def project_qkv(config: AttentionConfig, shape: Shape, limits: Limits, rows: int, past: int) -> Launch:
+    """Launch of ``project_qkv_wgmma.cu`` for ``rows`` rows of x and ``past`` cached keys of all heads."""
+    columns = config.q_size + 2 * config.kv_size
+    block_n = 128 if shape.precise else _columns(limits, rows, columns, (256, 128))
+    stages, smem = _ring(limits, block_n)
+    macros = macros_of(shape, BLOCK_N=block_n, GEMM_STAGES=stages, CLUSTER=CLUSTER,
+                       FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
+    warps = -(-(rows + -(-past // PAST_ROWS_A_WARP)) // (THREADS // 32 * CLUSTER))
+    grid = min(limits.num_sms // CLUSTER, max(_tiles(rows, columns, block_n), warps)) * CLUSTER
+    boxes = (("hidden", BLOCK_M), ("qkv_proj", min(block_n // CLUSTER, BOX_ROWS)))
+    return Launch("project_qkv_wgmma", macros, grid, THREADS, smem, overlaps=True, boxes=boxes)
+
+
+def attend(config: AttentionConfig, shape: Shape, batch: int, seq: int) -> Launch:
+    """Launch of ``attend_wgmma.cu``."""
+    block_n = 64 if shape.precise else 128
+    smem = (shape.parts * BLOCK_M + STAGES * (shape.parts + 1) * block_n) * HEAD_DIM * 2
+    grid = -(-seq // BLOCK_M) * config.num_attention_heads * batch
+    boxes = (("q", BLOCK_M), ("k", block_n), ("v", block_n))
+    macros = macros_of(shape, WINDOW=shape.windowed and 1)
+    return Launch("attend_wgmma", macros, grid, THREADS, smem, overlaps=True, boxes=boxes)
+
+
+def project_output(config: AttentionConfig, shape: Shape, limits: Limits, rows: int) -> Launch:
+    """Launch of ``project_output_wgmma.cu``."""
+    block_n = _columns(limits, rows, config.hidden_size, (256, 128, 64))
+    stages, smem = _ring(limits, block_n)
+    macros = macros_of(launch.plain(shape), BLOCK_N=block_n, GEMM_STAGES=stages, CLUSTER=CLUSTER)
+    grid = min(limits.num_sms // CLUSTER, _tiles(rows, config.hidden_size, block_n)) * CLUSTER
+    boxes = (("attention", BLOCK_M), ("o_proj", min(block_n // CLUSTER, BOX_ROWS)))
+    return Launch("project_output_wgmma", macros, grid, THREADS, smem, overlaps=True, boxes=boxes)
+
+
+def prefill(
+    config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int, *, past_tiles: int, collect: bool
+) -> list[Launch]:
+    """Return the launches of a call of S tokens a sequence, those of ``launch.prefill`` where these do not fit."""
+    first, middle, last = launch.prefill(config, shape, limits, batch, seq, past_tiles=past_tiles, collect=collect)
+    rows = batch * seq
+    if projects(config, shape, limits, rows, collect=collect):
+        past = past_tiles * launch.PAST_ROWS * batch * config.num_key_value_heads
+        first, last = project_qkv(config, shape, limits, rows, past), project_output(config, shape, limits, rows)
+    if attends(shape, limits, seq, collect=collect):
+        middle = attend(config, shape, batch, seq)
+    return [first, middle, last]

@@ -1,0 +1,264 @@
+// attend_prefill.cu on Hopper's own units: tensor copies fill a ring, two warpgroups multiply (Shah et al. 2024,
+// arXiv:2407.08608).
+//   s = q' k'^T score_scale;   p = 2^(s - max s);   attention = p v / sum p          sums in float32, operands float16
+// With PARTS 2 the scores are q_high k_high + q_high k_low + q_low k_high: float16's range, twice its precision.
+//
+// Grid (tiles of queries x Hq x B), longest first. Block 384 threads: a warpgroup that copies, two that have 64 query rows
+// each. While the products of one step run, each has the softmax of the next to do.
+// Shared memory: q [PARTS], then STAGES x (k [PARTS], v), each of two tiles of 64 columns (wgmma.cuh).
+// -D: those of call.cuh, HEAD_DIM 128, WINDOW (if there is one). Tensor-core bound.
+#include "call.cuh"
+#include "wgmma.cuh"
+
+static_assert(HEAD_DIM == 128, "a row of q, k and v is two tiles");
+
+constexpr int CONSUMERS = 2;
+constexpr int BLOCK_M = 64 * CONSUMERS;
+constexpr int BLOCK_N = PARTS == 1 ? 128 : 64;
+constexpr int STAGES = 2;
+constexpr int Q_TILE = BLOCK_M * TILE_COLUMNS, KV_TILE = BLOCK_N * TILE_COLUMNS;  // halves
+constexpr int STAGE = 2 * (PARTS + 1) * KV_TILE;
+constexpr int Q_BYTES = PARTS * 2 * Q_TILE * 2, K_BYTES = PARTS * 2 * KV_TILE * 2, V_BYTES = 2 * KV_TILE * 2;
+constexpr int SCORES = BLOCK_N / 2;  // of a thread: two rows of a quad's columns
+constexpr int CONSUMERS_ONLY = 1;  // hardware barrier
+
+template <bool Value>
+struct Masked {
+    static constexpr bool value = Value;
+};
+
+struct Maps {
+    TensorMap q;  // [PARTS B S, Hq 128]
+    TensorMap k;  // [PARTS B Hkv scratch_capacity, 128]
+    TensorMap v;  // [B Hkv capacity or scratch_capacity, 128]
+};
+
+struct Barriers {
+    Barrier q_full, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+};
+
+extern "C" __global__ void __launch_bounds__(WARPGROUP* (1 + CONSUMERS), 1)
+attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps maps)
+{
+    extern __shared__ __align__(1024) __half smem[];
+    __shared__ Barriers barriers;
+    __half* const ring = smem + PARTS * 2 * Q_TILE;
+
+    if (threadIdx.x == 0) {
+        barrier_init(&barriers.q_full, 1);
+        for (int i = 0; i < STAGES; ++i) {
+            barrier_init(&barriers.k_full[i], 1);
+            barrier_init(&barriers.v_full[i], 1);
+            barrier_init(&barriers.k_empty[i], CONSUMERS * 4);
+            barrier_init(&barriers.v_empty[i], CONSUMERS * 4);
+        }
+        barriers_initialised();
+        prefetch(&maps.q), prefetch(&maps.k), prefetch(&maps.v);
+    }
+    let_next_kernel_begin();
+    wait_for_previous_kernel();
+
+    const int heads = call.batch * call.num_q_heads;
+    const int m_tile = (gridDim.x - 1 - blockIdx.x) / heads, b = blockIdx.x % heads / call.num_q_heads;
+    const int q_head_idx = blockIdx.x % call.num_q_heads;
+    const int kv_head = b * call.num_kv_heads + q_head_idx / (call.num_q_heads / call.num_kv_heads);
+    const Sequence s = sequence(call, b);
+    const int first_q = m_tile * BLOCK_M;
+    if (first_q >= s.count) return;
+    const int num_keys = s.past + min(s.count, first_q + BLOCK_M);  // that any row of this tile sees
+    const int key_tiles = (num_keys + BLOCK_N - 1) / BLOCK_N;
+    int steps = key_tiles;  // from the right: only the first meet the diagonal
+#ifdef WINDOW  // positions grow by one a key at least, so no key further left is near enough
+    steps -= max(0, s.past + first_q - call.window + 1) / BLOCK_N;
+    const int* const key_positions = call.cached_positions + static_cast<long long>(b) * call.capacity;
+#endif
+
+    __syncthreads();
+
+    if (threadIdx.x < WARPGROUP) {
+        give_registers<24>();
+        if (threadIdx.x != 0) return;
+        barrier_expect(&barriers.q_full, Q_BYTES);
+        for (int i = 0; i < 2 * PARTS; ++i)
+            load_tile(smem + i * Q_TILE, &maps.q, &barriers.q_full, q_head_idx * HEAD_DIM + i % 2 * TILE_COLUMNS,
+                      (i / 2 * call.batch + b) * call.seq + first_q);
+        const int v_rows = STORED_AS_FLOAT16 ? call.capacity : call.scratch_capacity;
+        for (int i = 0; i < steps; ++i) {
+            const int stage = i % STAGES, parity = i / STAGES % 2 ^ 1, first = (key_tiles - 1 - i) * BLOCK_N;
+            __half* const k = ring + stage * STAGE;
+            barrier_wait(&barriers.k_empty[stage], parity);
+            barrier_expect(&barriers.k_full[stage], K_BYTES);
+            for (int j = 0; j < 2 * PARTS; ++j)
+                load_tile(k + j * KV_TILE, &maps.k, &barriers.k_full[stage], j % 2 * TILE_COLUMNS,
+                          (j / 2 * call.batch * call.num_kv_heads + kv_head) * call.scratch_capacity + first);
+            barrier_wait(&barriers.v_empty[stage], parity);
+            barrier_expect(&barriers.v_full[stage], V_BYTES);
+            for (int j = 0; j < 2; ++j)
+                load_tile(k + (2 * PARTS + j) * KV_TILE, &maps.v, &barriers.v_full[stage], j * TILE_COLUMNS,
+                          kv_head * v_rows + first);
+        }
+        return;
+    }
+    take_registers<240>();
+
+    const int group = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x % WARPGROUP / 32;
+    const int lane = threadIdx.x % 32, quad = lane % 4;
+    const int first_place = s.past + first_q + group * 64 + warp * 16 + lane / 4;  // in the cache; the other row: 8 on
+    const unsigned q_address = shared_address(smem) + group * 64 * TILE_COLUMNS * 2, ring_address = shared_address(ring);
+
+#ifdef WINDOW
+    const int positions[2] = {__ldcg(key_positions + min(first_place, num_keys - 1)),
+                              __ldcg(key_positions + min(first_place + 8, num_keys - 1))};
+    const int last_position = __ldcg(key_positions + num_keys - 1);
+    // Whether some row is too far from some key of a step; then it is so in all steps to come.
+    auto leaves_window = [&](int i) {
+        return last_position - __ldcg(key_positions + (key_tiles - 1 - i) * BLOCK_N) >= call.window;
+    };
+#endif
+    float scores[SCORES], out[64], row_max[2] = {MINUS_INFINITY, MINUS_INFINITY}, row_sum[2] = {}, shrink[2] = {};
+#pragma unroll
+    for (int i = 0; i < 64; ++i) out[i] = 0.0f;
+
+    auto start_scores = [&](int i) {
+        const unsigned k_address = ring_address + i % STAGES * STAGE * 2;
+        barrier_wait(&barriers.k_full[i % STAGES], i / STAGES % 2);
+        products_begin();
+#pragma unroll
+        for (int pair = 0; pair < (PARTS == 1 ? 1 : 3); ++pair) {
+            const unsigned long long q = operand(q_address + pair / 2 * 2 * Q_TILE * 2);
+            const unsigned long long k = operand(k_address + pair % 2 * 2 * KV_TILE * 2);
+#pragma unroll
+            for (int c = 0; c < HEAD_DIM / 16; ++c)
+                multiply(scores, q + (c / 4 * Q_TILE * 2 + c % 4 * 32) / 16, k + (c / 4 * KV_TILE * 2 + c % 4 * 32) / 16,
+                         pair + c > 0);
+        }
+        products_commit();
+    };
+    // From scores to weights, and how much what was added up before counts now.
+    auto softmax = [&](int i, auto masked) {
+        if (decltype(masked)::value) {
+            const int first_key = (key_tiles - 1 - i) * BLOCK_N + 2 * quad;
+#pragma unroll
+            for (int j = 0; j < SCORES; ++j) {
+                const int key = first_key + j / 4 * 8 + j % 2;
+                bool hidden = key > first_place + j % 4 / 2 * 8;
+#ifdef WINDOW
+                hidden = hidden || positions[j % 4 / 2] - __ldcg(key_positions + min(key, num_keys - 1)) >= call.window;
+#endif
+                if (hidden) scores[j] = MINUS_INFINITY;
+            }
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            float largest = row_max[half];
+#pragma unroll
+            for (int j = 2 * half; j < SCORES; j += 4) largest = fmaxf(largest, fmaxf(scores[j], scores[j + 1]));
+            largest = quad_max(largest);
+            // A row that has seen no key yet: -inf - -inf would be NaN.
+            const float shift = largest == MINUS_INFINITY ? 0.0f : largest * call.score_scale;
+            shrink[half] = exp2f(row_max[half] * call.score_scale - shift);
+            row_max[half] = largest;
+            float sum = 0.0f;
+#pragma unroll
+            for (int j = 2 * half; j < SCORES; j += 4) {
+                scores[j] = exp2f(fmaf(scores[j], call.score_scale, -shift));
+                scores[j + 1] = exp2f(fmaf(scores[j + 1], call.score_scale, -shift));
+                sum += scores[j] + scores[j + 1];
+            }
+            row_sum[half] = row_sum[half] * shrink[half] + sum;
+        }
+    };
+    unsigned weights[SCORES / 8][4];
+    auto round_weights = [&]() {
+#pragma unroll
+        for (int t = 0; t < SCORES / 8; ++t)
+#pragma unroll
+            for (int f = 0; f < 4; ++f) weights[t][f] = pack(scores[8 * t + 2 * f], scores[8 * t + 2 * f + 1]);
+    };
+    auto start_sums = [&](int i) {
+#pragma unroll
+        for (int j = 0; j < 64; ++j) out[j] *= shrink[j % 4 / 2];
+        const unsigned v_address = ring_address + (i % STAGES * STAGE + 2 * PARTS * KV_TILE) * 2;
+        barrier_wait(&barriers.v_full[i % STAGES], i / STAGES % 2);
+        products_begin();
+        const unsigned long long v = operand(v_address, KV_TILE * 2);
+#pragma unroll
+        for (int t = 0; t < BLOCK_N / 16; ++t) multiply_transposed(out, weights[t], v + t * 16 * TILE_COLUMNS * 2 / 16);
+        products_commit();
+    };
+    auto release = [&](Barrier* barrier) {
+        if (lane == 0) barrier_arrive(barrier);
+    };
+
+    barrier_wait(&barriers.q_full, 0);
+    start_scores(0);
+    products_wait<0>();
+    settled(scores);
+    release(&barriers.k_empty[0]);
+    softmax(0, Masked<true>());
+
+    // What lies past the last key may be NaN, which a weight of zero does not help against.
+    const int valid = num_keys - (key_tiles - 1) * BLOCK_N;
+    if (valid < BLOCK_N) {
+        __half* const v = ring + 2 * PARTS * KV_TILE;
+        barrier_wait(&barriers.v_full[0], 0);
+        for (int i = threadIdx.x - WARPGROUP; i < (BLOCK_N - valid) * 16; i += CONSUMERS * WARPGROUP)
+            reinterpret_cast<uint4*>(v + i % 2 * KV_TILE)[(valid + i / 16) * 8 + i / 2 % 8] = make_uint4(0, 0, 0, 0);
+        shared_to_async();
+        named_wait(CONSUMERS_ONLY, CONSUMERS * WARPGROUP);
+    }
+
+    // A step's products begin while those of the step before run. The wait for them stands at the top of the next
+    // round: ptxas moves it up to any place it finds, and only the jump back stops it.
+    auto round = [&](int i, auto masked) {
+        products_wait<0>();
+        settled(out);
+        if (i > 1) release(&barriers.v_empty[i % STAGES]);
+        round_weights();
+        start_scores(i);
+        start_sums(i - 1);
+        products_wait<1>();
+        settled(scores);
+        release(&barriers.k_empty[i % STAGES]);
+        softmax(i, masked);
+    };
+    static_assert(STAGES == 2, "round i releases what round i - 2 took");
+    const int diagonal = min(steps, key_tiles - (s.past + first_q + 1) / BLOCK_N);  // steps with a key that some row precedes
+    int i = 1;
+#pragma unroll 1
+    for (; i < diagonal; ++i) round(i, Masked<true>());
+#ifdef WINDOW
+#pragma unroll 1
+    for (; i < steps && !leaves_window(i); ++i) round(i, Masked<false>());
+#pragma unroll 1
+    for (; i < steps; ++i) round(i, Masked<true>());
+#else
+#pragma unroll 1
+    for (; i < steps; ++i) round(i, Masked<false>());
+#endif
+    products_wait<0>();
+    settled(out);
+    round_weights();
+    start_sums(steps - 1);
+    products_wait<0>();
+    settled(out);
+
+    const float scale[2] = {1.0f / quad_sum(row_sum[0]), 1.0f / quad_sum(row_sum[1])};
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        const int t = first_q + group * 64 + warp * 16 + half * 8 + lane / 4;
+        __half* const row = call.attention +
+                            ((static_cast<long long>(b) * call.seq + t) * call.num_q_heads + q_head_idx) * HEAD_DIM;
+#pragma unroll
+        for (int j = 0; j < 16; j += 4) {
+            unsigned pairs[4];
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                const float* const sums = out + 4 * (j + e) + 2 * half;
+                pairs[e] = pack(sums[0] * scale[half], sums[1] * scale[half]);
+            }
+            transpose_quad(pairs);
+            if (t < s.count) *reinterpret_cast<uint4*>(row + 8 * (j + quad)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        }
+    }
+}

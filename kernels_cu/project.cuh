@@ -1,0 +1,275 @@
+// What every project_qkv does with rows of x, with cached keys and with heads that are multiplied. Before it: VEC.
+#pragma once
+#include "call.cuh"
+#include "reduce.cuh"
+#include "rope.cuh"
+#include "storage.cuh"
+
+// Parts of the hidden states: what k is off by changes, now and then, how it rounds, which in bfloat16 is a large step.
+constexpr int HIDDEN_PARTS = 2;
+constexpr int PAST_ROWS = 64;  // of cached keys, in call.past_tiles
+constexpr int HALF_BLOCKS = HEAD_DIM / 16;  // 8-column blocks of half a head: block j is rotated with j + HALF_BLOCKS
+
+// counters: next work, blocks that are done, then for each tile of rows how many pieces of it are normalised.
+enum { NEXT, DONE, READY };
+
+// One thread of each block, when the block is done: the last leaves the counters as it found them, for the next launch or replay.
+__device__ __forceinline__ void leave_counters(const Call& call, int tiles) {
+    __threadfence();
+    if (atomicAdd(&call.counters[DONE], 1) == static_cast<int>(gridDim.x) - 1) {
+        call.counters[NEXT] = call.counters[DONE] = 0;
+        for (int i = 0; i < tiles; ++i) call.counters[READY + i] = 0;
+    }
+}
+
+// Describe and normalise rows first to first + Rows of x, in one warp; return the position of each to the lane of its number.
+template <int Rows>
+__device__ __forceinline__ int normalise_rows(const Call& call, int first) {
+    constexpr int HELD = 4;  // vectors of a row that a lane keeps; of wider rows the rest is read twice
+    const int lane = threadIdx.x % 32, num_rows = call.batch * call.seq, num_vectors = call.hidden_size / VECTOR;
+    uint4 held[Rows][HELD];
+#pragma unroll
+    for (int r = 0; r < Rows; ++r)
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) {
+            const bool inside = first + r < num_rows && lane + 32 * i < num_vectors;
+            const STORAGE* from = call.x + static_cast<long long>(first + r) * call.hidden_size + (lane + 32 * i) * VECTOR;
+            held[r][i] = inside ? __ldcg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
+        }
+    int2 row = make_int2(PADDING, 0);
+    if (lane < Rows && first + lane < num_rows) row = describe_row(call, first + lane);
+#pragma unroll
+    for (int r = 0; r < Rows; ++r) {
+        const int m = first + r;
+        const bool valid = __shfl_sync(0xffffffffu, row.x, r) >= 0;
+        if (m >= num_rows) break;
+        const long long row_start = static_cast<long long>(m) * call.hidden_size;
+        float sum_squares = 0.0f;
+        auto add_squares = [&](const STORAGE* from) {
+            float values[VECTOR];
+            load8(from, values);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) sum_squares += values[j] * values[j];
+        };
+#pragma unroll
+        for (int i = 0; i < HELD; ++i) add_squares(reinterpret_cast<const STORAGE*>(&held[r][i]));
+#pragma unroll 4
+        for (int v = lane + 32 * HELD; v < num_vectors; v += 32) {
+            const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(call.x + row_start + v * VECTOR));
+            add_squares(reinterpret_cast<const STORAGE*>(&raw));
+        }
+        const float rstd = 1.0f / sqrtf(warp_sum(sum_squares) / call.hidden_size + call.eps);
+        auto normalise = [&](int v, const STORAGE* from) {
+            float values[VECTOR], scale[VECTOR];
+            load8(from, values);
+            load8(call.input_norm + v * VECTOR, scale);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) values[j] = valid ? values[j] * rstd * scale[j] : 0.0f;
+#ifdef COLLECT
+            if (valid) {
+                float natural[VECTOR];
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) natural[j] = values[j] * call.hidden_unscale;
+                store8(call.stage_input_norm + row_start + v * VECTOR, natural);
+            }
+#endif
+            __half* target = call.hidden + HIDDEN_PARTS * row_start + v * VECTOR;
+            store8(target, values);
+            if (HIDDEN_PARTS == 2) {
+#pragma unroll
+                for (int j = 0; j < VECTOR; ++j) values[j] -= __half2float(__float2half_rn(values[j]));
+                store8(target + call.hidden_size, values);
+            }
+        };
+#pragma unroll
+        for (int i = 0; i < HELD; ++i)
+            if (lane + 32 * i < num_vectors) normalise(lane + 32 * i, reinterpret_cast<const STORAGE*>(&held[r][i]));
+#pragma unroll 4
+        for (int v = lane + 32 * HELD; v < num_vectors; v += 32) {
+            const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(call.x + row_start + v * VECTOR));
+            normalise(v, reinterpret_cast<const STORAGE*>(&raw));
+        }
+    }
+    return row.y;
+}
+
+#ifndef RAW
+// Normalise and rotate cached keys of head item % (B Hkv) into scratch, a warp to a row, from row
+// item / (B Hkv) * rows on: every `step`-th of them, from the `first`-th. Widen v where needed.
+__device__ __forceinline__ void prepare_past(const Call& call, int item, int rows, int first, int step) {
+    const int heads = call.batch * call.num_kv_heads;
+    const int first_slot = item / heads * rows, head = item % heads, b = head / call.num_kv_heads;
+    const int past = min(__ldcg(call.lengths + b), call.capacity), lane = threadIdx.x % 32;
+    const long long cache_head = static_cast<long long>(head) * call.capacity;
+    const long long scratch_head = static_cast<long long>(head) * call.scratch_capacity;
+    const long long part = static_cast<long long>(call.batch) * call.num_kv_heads * call.scratch_capacity * HEAD_DIM;
+    constexpr int PAIRS = (HEAD_DIM / 2 + 63) / 64;  // pairs of dims a lane has, two at a time
+    for (int i = first; i < rows; i += step) {
+        const int slot = first_slot + i;
+        if (slot >= past) return;
+        const STORAGE* key = call.k_cache + (cache_head + slot) * HEAD_DIM;
+        __half* target = call.k + (scratch_head + slot) * HEAD_DIM;
+        const int position = __ldcg(call.cached_positions + static_cast<long long>(b) * call.capacity + slot);
+        float2 low[PAIRS], high[PAIRS];
+        float sum_squares = 0.0f;
+#pragma unroll
+        for (int p = 0; p < PAIRS; ++p) {
+            const int d = 2 * lane + 64 * p;
+            low[p] = high[p] = make_float2(0.0f, 0.0f);
+            if (d < HEAD_DIM / 2) {
+                low[p] = unpack(*reinterpret_cast<const unsigned*>(key + d), STORAGE());
+                high[p] = unpack(*reinterpret_cast<const unsigned*>(key + d + HEAD_DIM / 2), STORAGE());
+            }
+            sum_squares += low[p].x * low[p].x + low[p].y * low[p].y + high[p].x * high[p].x + high[p].y * high[p].y;
+        }
+        const float rstd = rsqrtf(warp_sum(sum_squares) / HEAD_DIM + call.eps);
+#pragma unroll
+        for (int p = 0; p < PAIRS; ++p) {
+            const int d = 2 * lane + 64 * p;
+            if (d >= HEAD_DIM / 2) continue;
+            const float2 w_low = *reinterpret_cast<const float2*>(call.k_norm + d);
+            const float2 w_high = *reinterpret_cast<const float2*>(call.k_norm + d + HEAD_DIM / 2);
+            const uint4 frequency = *reinterpret_cast<const uint4*>(call.frequency + d);
+            float2 a = make_float2(low[p].x * rstd * w_low.x, low[p].y * rstd * w_low.y);
+            float2 c = make_float2(high[p].x * rstd * w_high.x, high[p].y * rstd * w_high.y);
+            rotate(a.x, c.x, position, make_uint2(frequency.x, frequency.y));
+            rotate(a.y, c.y, position, make_uint2(frequency.z, frequency.w));
+            const unsigned a_high = pack(a.x, a.y), c_high = pack(c.x, c.y);
+            *reinterpret_cast<unsigned*>(target + d) = a_high;
+            *reinterpret_cast<unsigned*>(target + d + HEAD_DIM / 2) = c_high;
+            if (PARTS == 2) {
+                *reinterpret_cast<unsigned*>(target + part + d) = pack_rest(a.x, a.y, a_high);
+                *reinterpret_cast<unsigned*>(target + part + d + HEAD_DIM / 2) = pack_rest(c.x, c.y, c_high);
+            }
+        }
+        if (!STORED_AS_FLOAT16) {
+            for (int d = 2 * lane; d < HEAD_DIM; d += 64) {
+                const float2 v = unpack(*reinterpret_cast<const unsigned*>(call.v_cache + (cache_head + slot) * HEAD_DIM + d),
+                                        STORAGE());
+                *reinterpret_cast<unsigned*>(call.v + (scratch_head + slot) * HEAD_DIM + d) =
+                    pack(v.x * call.v_scale, v.y * call.v_scale);
+            }
+        }
+    }
+}
+#endif
+
+// Store VEC consecutive values as 16-bit pairs.
+template <typename T>
+__device__ __forceinline__ void store_pairs(T* target, const unsigned (&pairs)[4]) {
+    if constexpr (VEC == 8) {
+        *reinterpret_cast<uint4*>(target) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+    } else if constexpr (VEC == 4) {
+        *reinterpret_cast<uint2*>(target) = make_uint2(pairs[0], pairs[1]);
+    } else {
+        *reinterpret_cast<unsigned*>(target) = pairs[0];
+    }
+}
+
+using Values = float[2 * HALF_BLOCKS][2];  // a thread's dims of one head: [8-column block][element]
+
+__device__ __forceinline__ int dim_of(int block, int element) {
+    return column_of<VEC>(block, threadIdx.x % 4, element);
+}
+
+// Store a head's values as T, if they are valid; with `rest`, what rounding to T left over. All lanes of a warp are here.
+template <typename T>
+__device__ __forceinline__ void store_head(T* head, const Values& values, bool valid, bool rest = false) {
+    constexpr bool BY_QUAD = VEC == 2 && HEAD_DIM % 64 == 0;  // 16 bytes at a time
+    constexpr int PAIRS = BY_QUAD ? 4 : VEC / 2;
+#pragma unroll
+    for (int j = 0; j < 2 * HALF_BLOCKS; j += PAIRS) {
+        unsigned pairs[4];
+#pragma unroll
+        for (int i = 0; i < PAIRS; ++i) {
+            pairs[i] = pack(values[j + i][0], values[j + i][1], T());
+            if (rest) pairs[i] = pack_rest(values[j + i][0], values[j + i][1], pairs[i], T());
+        }
+        if constexpr (BY_QUAD) {
+            transpose_quad(pairs);
+            if (valid)
+                *reinterpret_cast<uint4*>(head + 8 * (j + threadIdx.x % 4)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+        } else if (valid) {
+            store_pairs(head + dim_of(j, 0), pairs);
+        }
+    }
+}
+
+__device__ __forceinline__ void collect_head(float* head, const Values& values, float scale) {
+#pragma unroll
+    for (int j = 0; j < 2 * HALF_BLOCKS; ++j)
+        *reinterpret_cast<float2*>(head + dim_of(j, 0)) = make_float2(values[j][0] * scale, values[j][1] * scale);
+}
+
+#ifndef RAW
+// What becomes of one head of one row: all lanes of a warp are here together.
+// `rotate_block(j)` rotates the pairs of blocks j and j + HALF_BLOCKS.
+template <typename RotateBlock>
+__device__ __forceinline__ void finish_head(const Call& call, int m, int2 row, int head_idx, Values& values,
+                                            RotateBlock rotate_block) {
+    const int b = m / call.seq;
+    const bool is_query = head_idx < call.num_q_heads;
+    const bool is_key = !is_query && head_idx < call.num_q_heads + call.num_kv_heads;
+    const int kv_head_idx = (head_idx - call.num_q_heads) % call.num_kv_heads;
+    const long long sequence_head = static_cast<long long>(b) * call.num_kv_heads + kv_head_idx;
+    const long long cached = (sequence_head * call.capacity + row.x) * HEAD_DIM;
+    const long long scratch = (sequence_head * call.scratch_capacity + row.x) * HEAD_DIM;
+    const bool valid = row.x >= 0;
+
+    if (!is_query) {
+        store_head((is_key ? call.k_cache : call.v_cache) + cached, values, valid);
+#pragma unroll
+        for (int j = 0; j < 2 * HALF_BLOCKS; ++j)  // go on from what was cached
+#pragma unroll
+            for (int e = 0; e < 2; ++e) values[j][e] = static_cast<float>(static_cast<STORAGE>(values[j][e]));
+    }
+#ifdef COLLECT
+    const long long kv_row = (static_cast<long long>(m) * call.num_kv_heads + kv_head_idx) * HEAD_DIM;
+    const long long q_row = (static_cast<long long>(m) * call.num_q_heads + head_idx) * HEAD_DIM;
+    if (valid) {
+        if (is_query) collect_head(call.stage_q + q_row, values, 1.0f);
+        else collect_head((is_key ? call.stage_k : call.stage_v) + kv_row, values, 1.0f);
+    }
+#endif
+    if (!is_query && !is_key) {
+        if (!STORED_AS_FLOAT16) {
+#pragma unroll
+            for (int j = 0; j < 2 * HALF_BLOCKS; ++j) values[j][0] *= call.v_scale, values[j][1] *= call.v_scale;
+            store_head(call.v + scratch, values, valid);
+        }
+        return;
+    }
+
+    float sum_squares = 0.0f;
+#pragma unroll
+    for (int j = 0; j < 2 * HALF_BLOCKS; ++j) sum_squares += values[j][0] * values[j][0] + values[j][1] * values[j][1];
+    const float rstd = rsqrtf(quad_sum(sum_squares) / HEAD_DIM + call.eps);
+    const float* weight = is_query ? call.q_norm : call.k_norm;
+#pragma unroll
+    for (int j = 0; j < 2 * HALF_BLOCKS; ++j) {
+        const float2 w = *reinterpret_cast<const float2*>(weight + dim_of(j, 0));
+        values[j][0] *= rstd * w.x;
+        values[j][1] *= rstd * w.y;
+    }
+#ifdef COLLECT
+    if (valid) {
+        if (is_query) collect_head(call.stage_q_norm + q_row, values, call.q_norm_unscale);
+        else collect_head(call.stage_k_norm + kv_row, values, call.k_norm_unscale);
+    }
+#endif
+#pragma unroll
+    for (int j = 0; j < HALF_BLOCKS; ++j) rotate_block(j);
+#ifdef COLLECT
+    if (valid) {
+        if (is_query) collect_head(call.stage_q_rope + q_row, values, call.q_rope_unscale);
+        else collect_head(call.stage_k_rope + kv_row, values, call.k_rope_unscale);
+    }
+#endif
+    const long long q_part = static_cast<long long>(call.batch) * call.seq * call.num_q_heads * HEAD_DIM;
+    const long long k_part = static_cast<long long>(call.batch) * call.num_kv_heads * call.scratch_capacity * HEAD_DIM;
+    __half* target = is_query ? call.q + (static_cast<long long>(m) * call.num_q_heads + head_idx) * HEAD_DIM
+                              : call.k + scratch;
+    store_head(target, values, valid);
+    if (PARTS == 2) store_head(target + (is_query ? q_part : k_part), values, valid, true);
+}
+#endif

@@ -1,0 +1,73 @@
+"""Prefill on Hopper's own units, on the CPU (emulated_gpu.py): right whichever warp runs first and when copies land."""
+
+from __future__ import annotations
+
+import emulated_gpu
+import numpy as np
+import pytest
+from test_emulated import HALVES, TAME, WILD, WINDOW, call, config_of, filled_cache, make_layer
+
+from cupy_attn import cuda
+
+pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
+
+
+@pytest.fixture
+def cluster():
+    """How many blocks a cluster has, unless a test says."""
+    return 1
+
+
+@pytest.fixture
+def launched(cluster, monkeypatch):
+    """Collect the names of the kernels that run, on five multiprocessors."""
+    emulated_gpu.pretend(monkeypatch, num_sms=5, cluster=cluster)
+    names, plan = [], cuda.CudaBackend._plan_launches
+
+    def planned(self, *args, **options):
+        launches = plan(self, *args, **options)
+        names.extend(one.name for one in launches)
+        assert all(dict(one.macros).get("CLUSTER", str(cluster)) == str(cluster) for one in launches)
+        return launches
+
+    monkeypatch.setattr(cuda.CudaBackend, "_plan_launches", planned)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("seq", "cluster"), [(64, 1), (128, 1), (131, 1), (300, 1), (64, 2), (131, 2), (300, 2), (400, 2)]
+)
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD], ids=["normal", "precise"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_a_prompt(launched, dtype, k_norm_max, seq):
+    layer = make_layer(config_of(4, 2, 128, 128), dtype, k_norm_max)
+    call(layer, filled_cache(layer, [0], seq + 3), seq)
+    assert launched == ["project_qkv_wgmma", "attend_prefill" if seq < 128 else "attend_wgmma", "project_output_wgmma"]
+
+
+@pytest.mark.parametrize("window", [40, 130, 1000])
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD], ids=["normal", "precise"])
+def test_a_window(launched, k_norm_max, window):
+    changes = WINDOW | {"sliding_window": window}
+    layer = make_layer(config_of(2, 1, 128, 128, **changes), "float16", k_norm_max)
+    positions = np.cumsum(np.random.default_rng(2).integers(1, 4, (2, 260)), 1)
+    call(layer, filled_cache(layer, [260, 3], 600, positions), 290, [290, 131])
+    assert launched[1] == "attend_wgmma"
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD], ids=["normal", "precise"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_unequal_prompts_after_unequal_pasts(launched, dtype, k_norm_max):
+    layer = make_layer(config_of(3, 1, 128, 192, attention_bias=True), dtype, k_norm_max)
+    call(layer, filled_cache(layer, [130, 0, 65, 7], 290), 150, [150, 1, 64, 0])
+    assert launched[1] == "attend_wgmma"
+
+
+@pytest.mark.parametrize("cluster", [2])
+def test_clusters_whichever_block_is_ahead(launched):
+    """Rings of several rounds, with an even and an odd number of rows of tiles."""
+    layer = make_layer(config_of(4, 2, 128, 576), "float16", TAME)
+    for seq in (131, 300):
+        for _ in range(4):
+            call(layer, filled_cache(layer, [0], seq), seq)
