@@ -73,11 +73,11 @@ def project_qkv(config: AttentionConfig, shape: Shape, limits: Limits, rows: int
     return Launch("project_qkv_wgmma", macros, grid, THREADS, smem, overlaps=True, boxes=boxes)
 
 
-def attend(config: AttentionConfig, shape: Shape, batch: int, seq: int) -> Launch:
+def attend(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int) -> Launch:
     """Launch of ``attend_wgmma.cu``."""
     block_n = 64 if shape.precise else 128
-    smem = (shape.parts * BLOCK_M + STAGES * (shape.parts + 1) * block_n) * HEAD_DIM * 2
-    grid = -(-seq // BLOCK_M) * config.num_attention_heads * batch
+    smem = (2 * shape.parts * BLOCK_M + STAGES * (shape.parts + 1) * block_n) * HEAD_DIM * 2
+    grid = min(limits.num_sms, -(-seq // BLOCK_M) * config.num_attention_heads * batch)
     boxes = (("q", BLOCK_M), ("k", block_n), ("v", block_n))
     macros = macros_of(shape, WINDOW=shape.windowed and 1)
     return Launch("attend_wgmma", macros, grid, THREADS, smem, overlaps=True, boxes=boxes)
@@ -103,5 +103,5 @@ def prefill(
         past = past_tiles * launch.PAST_ROWS * batch * config.num_key_value_heads
         first, last = project_qkv(config, shape, limits, rows, past), project_output(config, shape, limits, rows)
     if attends(shape, limits, seq, collect=collect):
-        middle = attend(config, shape, batch, seq)
+        middle = attend(config, shape, limits, batch, seq)
     return [first, middle, last]

@@ -3,9 +3,12 @@
 //   s = q' k'^T score_scale;   p = 2^(s - max s);   attention = p v / sum p          sums in float32, operands float16
 // With PARTS 2 the scores are q_high k_high + q_high k_low + q_low k_high: float16's range, twice its precision.
 //
-// Grid (tiles of queries x Hq x B), longest first. Block 384 threads: a warpgroup that copies, two that have 64 query rows
-// each. While the products of one step run, each has the softmax of the next to do.
-// Shared memory: q [PARTS], then STAGES x (k [PARTS], v), each of two tiles of 64 columns (wgmma.cuh).
+// Grid: any number of blocks, one a multiprocessor. Tiles are 128 queries of a head, longest first. A block begins with the
+// tile of its number and takes the next from a counter, when this one's last keys are copied: to take it earlier would be to
+// give it to a block that may still have much to do.
+// Block 384 threads: a warpgroup that copies, two that have 64 query rows each. While the products of one step run, each has
+// the softmax of the next to do; while a tile ends, q, k and v of the next are on their way.
+// Shared memory: 2 x q [PARTS], then STAGES x (k [PARTS], v), each of two tiles of 64 columns (wgmma.cuh).
 // -D: those of call.cuh, HEAD_DIM 128, WINDOW (if there is one). Tensor-core bound.
 #include "call.cuh"
 #include "wgmma.cuh"
@@ -17,7 +20,7 @@ constexpr int BLOCK_M = 64 * CONSUMERS;
 constexpr int BLOCK_N = PARTS == 1 ? 128 : 64;
 constexpr int STAGES = 2;
 constexpr int Q_TILE = BLOCK_M * TILE_COLUMNS, KV_TILE = BLOCK_N * TILE_COLUMNS;  // halves
-constexpr int STAGE = 2 * (PARTS + 1) * KV_TILE;
+constexpr int Q = 2 * PARTS * Q_TILE, STAGE = 2 * (PARTS + 1) * KV_TILE;
 constexpr int Q_BYTES = PARTS * 2 * Q_TILE * 2, K_BYTES = PARTS * 2 * KV_TILE * 2, V_BYTES = 2 * KV_TILE * 2;
 constexpr int SCORES = BLOCK_N / 2;  // of a thread: two rows of a quad's columns
 constexpr int CONSUMERS_ONLY = 1;  // hardware barrier
@@ -34,7 +37,26 @@ struct Maps {
 };
 
 struct Barriers {
-    Barrier q_full, k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    Barrier q_full[2], q_empty[2], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+};
+
+// What the copying thread tells of a tile, along with its q.
+struct alignas(16) Tile {
+    int first_place;  // of its queries, in the cache
+    int num_keys;     // that any of its rows sees; 0: there are no more tiles
+    int first_row;    // of x
+    int q_head;
+
+    __device__ __forceinline__ int key_tiles() const { return (num_keys + BLOCK_N - 1) / BLOCK_N; }
+
+    // Steps go from the right: only the first meet the diagonal.
+    __device__ __forceinline__ int steps(const Call& call) const {
+#ifdef WINDOW  // positions grow by one a key at least, so no key further left is near enough
+        return key_tiles() - max(0, first_place - call.window + 1) / BLOCK_N;
+#else
+        return key_tiles();
+#endif
+    }
 };
 
 extern "C" __global__ void __launch_bounds__(WARPGROUP* (1 + CONSUMERS), 1)
@@ -42,10 +64,14 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
 {
     extern __shared__ __align__(1024) __half smem[];
     __shared__ Barriers barriers;
-    __half* const ring = smem + PARTS * 2 * Q_TILE;
+    __shared__ Tile tiles[2];
+    __half* const ring = smem + 2 * Q;
 
     if (threadIdx.x == 0) {
-        barrier_init(&barriers.q_full, 1);
+        for (int i = 0; i < 2; ++i) {
+            barrier_init(&barriers.q_full[i], 1);
+            barrier_init(&barriers.q_empty[i], CONSUMERS * 4);
+        }
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(&barriers.k_full[i], 1);
             barrier_init(&barriers.v_full[i], 1);
@@ -56,68 +82,83 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         prefetch(&maps.q), prefetch(&maps.k), prefetch(&maps.v);
     }
     let_next_kernel_begin();
+    __syncthreads();
     wait_for_previous_kernel();
 
-    const int heads = call.batch * call.num_q_heads;
-    const int m_tile = (gridDim.x - 1 - blockIdx.x) / heads, b = blockIdx.x % heads / call.num_q_heads;
-    const int q_head_idx = blockIdx.x % call.num_q_heads;
-    const int kv_head = b * call.num_kv_heads + q_head_idx / (call.num_q_heads / call.num_kv_heads);
-    const Sequence s = sequence(call, b);
-    const int first_q = m_tile * BLOCK_M;
-    if (first_q >= s.count) return;
-    const int num_keys = s.past + min(s.count, first_q + BLOCK_M);  // that any row of this tile sees
-    const int key_tiles = (num_keys + BLOCK_N - 1) / BLOCK_N;
-    int steps = key_tiles;  // from the right: only the first meet the diagonal
-#ifdef WINDOW  // positions grow by one a key at least, so no key further left is near enough
-    steps -= max(0, s.past + first_q - call.window + 1) / BLOCK_N;
-    const int* const key_positions = call.cached_positions + static_cast<long long>(b) * call.capacity;
-#endif
-
-    __syncthreads();
-
+    // Steps i of the ring and tiles n count on through the block.
     if (threadIdx.x < WARPGROUP) {
-        give_registers<24>();
+        give_registers<40>();
         if (threadIdx.x != 0) return;
-        barrier_expect(&barriers.q_full, Q_BYTES);
-        for (int i = 0; i < 2 * PARTS; ++i)
-            load_tile(smem + i * Q_TILE, &maps.q, &barriers.q_full, q_head_idx * HEAD_DIM + i % 2 * TILE_COLUMNS,
-                      (i / 2 * call.batch + b) * call.seq + first_q);
+        const int m_tiles = (call.seq + BLOCK_M - 1) / BLOCK_M, heads = call.batch * call.num_q_heads;
         const int v_rows = STORED_AS_FLOAT16 ? call.capacity : call.scratch_capacity;
-        for (int i = 0; i < steps; ++i) {
-            const int stage = i % STAGES, parity = i / STAGES % 2 ^ 1, first = (key_tiles - 1 - i) * BLOCK_N;
-            __half* const k = ring + stage * STAGE;
-            barrier_wait(&barriers.k_empty[stage], parity);
-            barrier_expect(&barriers.k_full[stage], K_BYTES);
+        auto take = [&]() { return static_cast<int>(gridDim.x) + atomicAdd(call.counters, 1); };
+        int t = blockIdx.x, i = 0;
+#pragma unroll 1
+        for (int n = 0;; ++n) {
+            Tile tile = {};
+            int kv_head = 0;
+#pragma unroll 1
+            for (; t < m_tiles * heads; t = take()) {
+                const int first_q = (m_tiles - 1 - t / heads) * BLOCK_M;
+                const int b = t % heads / call.num_q_heads, q_head = t % call.num_q_heads;
+                const Sequence s = sequence(call, b);
+                if (first_q >= s.count) continue;
+                tile = {s.past + first_q, s.past + min(s.count, first_q + BLOCK_M), b * call.seq + first_q, q_head};
+                kv_head = b * call.num_kv_heads + q_head / (call.num_q_heads / call.num_kv_heads);
+                break;
+            }
+            Barrier* const q_full = &barriers.q_full[n % 2];
+            barrier_wait(&barriers.q_empty[n % 2], n / 2 % 2 ^ 1);
+            tiles[n % 2] = tile;
+            if (tile.num_keys == 0) {
+                barrier_arrive(q_full);
+                // A number was taken after each tile. Whoever has the last of them leaves the counter as it was.
+                if (t == static_cast<int>(gridDim.x) + m_tiles * heads - 1) *call.counters = 0;
+                return;
+            }
+            barrier_expect(q_full, Q_BYTES);
             for (int j = 0; j < 2 * PARTS; ++j)
-                load_tile(k + j * KV_TILE, &maps.k, &barriers.k_full[stage], j % 2 * TILE_COLUMNS,
-                          (j / 2 * call.batch * call.num_kv_heads + kv_head) * call.scratch_capacity + first);
-            barrier_wait(&barriers.v_empty[stage], parity);
-            barrier_expect(&barriers.v_full[stage], V_BYTES);
-            for (int j = 0; j < 2; ++j)
-                load_tile(k + (2 * PARTS + j) * KV_TILE, &maps.v, &barriers.v_full[stage], j * TILE_COLUMNS,
-                          kv_head * v_rows + first);
+                load_tile(smem + n % 2 * Q + j * Q_TILE, &maps.q, q_full, tile.q_head * HEAD_DIM + j % 2 * TILE_COLUMNS,
+                          j / 2 * call.batch * call.seq + tile.first_row);
+            const int end = i + tile.steps(call);
+            int first = (tile.key_tiles() - 1) * BLOCK_N;
+#pragma unroll 1
+            for (; i < end; ++i, first -= BLOCK_N) {
+                const int stage = i % STAGES, parity = i / STAGES % 2 ^ 1;
+                __half* const k = ring + stage * STAGE;
+                barrier_wait(&barriers.k_empty[stage], parity);
+                barrier_expect(&barriers.k_full[stage], K_BYTES);
+                for (int j = 0; j < 2 * PARTS; ++j)
+                    load_tile(k + j * KV_TILE, &maps.k, &barriers.k_full[stage], j % 2 * TILE_COLUMNS,
+                              (j / 2 * call.batch * call.num_kv_heads + kv_head) * call.scratch_capacity + first);
+                if (i == end - 1) t = take();  // is there once v's buffer is free
+                barrier_wait(&barriers.v_empty[stage], parity);
+                barrier_expect(&barriers.v_full[stage], V_BYTES);
+                for (int j = 0; j < 2; ++j)
+                    load_tile(k + (2 * PARTS + j) * KV_TILE, &maps.v, &barriers.v_full[stage], j * TILE_COLUMNS,
+                              kv_head * v_rows + first);
+            }
         }
-        return;
     }
-    take_registers<240>();
+    take_registers<232>();
 
     const int group = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x % WARPGROUP / 32;
     const int lane = threadIdx.x % 32, quad = lane % 4;
-    const int first_place = s.past + first_q + group * 64 + warp * 16 + lane / 4;  // in the cache; the other row: 8 on
-    const unsigned q_address = shared_address(smem) + group * 64 * TILE_COLUMNS * 2, ring_address = shared_address(ring);
+    const int row = group * 64 + warp * 16 + lane / 4;  // of the tile; the other: 8 on
+    const unsigned smem_address = shared_address(smem), ring_address = shared_address(ring);
+    // Of the tile at hand. Step i has keys (last - i) * BLOCK_N on.
+    unsigned q_address;
+    int first_place, last;
 
 #ifdef WINDOW
-    const int positions[2] = {__ldcg(key_positions + min(first_place, num_keys - 1)),
-                              __ldcg(key_positions + min(first_place + 8, num_keys - 1))};
-    const int last_position = __ldcg(key_positions + num_keys - 1);
+    const int* key_positions;
+    int num_keys, positions[2], last_position;
     // Whether some row is too far from some key of a step; then it is so in all steps to come.
     auto leaves_window = [&](int i) {
-        return last_position - __ldcg(key_positions + (key_tiles - 1 - i) * BLOCK_N) >= call.window;
+        return last_position - __ldcg(key_positions + (last - i) * BLOCK_N) >= call.window;
     };
 #endif
-    float scores[SCORES], out[64], row_max[2] = {MINUS_INFINITY, MINUS_INFINITY}, row_sum[2] = {}, shrink[2] = {};
-#pragma unroll
-    for (int i = 0; i < 64; ++i) out[i] = 0.0f;
+    float scores[SCORES], out[64], row_max[2], row_sum[2], shrink[2];
 
     auto start_scores = [&](int i) {
         const unsigned k_address = ring_address + i % STAGES * STAGE * 2;
@@ -137,7 +178,7 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
     // From scores to weights, and how much what was added up before counts now.
     auto softmax = [&](int i, auto masked) {
         if (decltype(masked)::value) {
-            const int first_key = (key_tiles - 1 - i) * BLOCK_N + 2 * quad;
+            const int first_key = (last - i) * BLOCK_N + 2 * quad;
 #pragma unroll
             for (int j = 0; j < SCORES; ++j) {
                 const int key = first_key + j / 4 * 8 + j % 2;
@@ -190,24 +231,6 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         if (lane == 0) barrier_arrive(barrier);
     };
 
-    barrier_wait(&barriers.q_full, 0);
-    start_scores(0);
-    products_wait<0>();
-    settled(scores);
-    release(&barriers.k_empty[0]);
-    softmax(0, Masked<true>());
-
-    // What lies past the last key may be NaN, which a weight of zero does not help against.
-    const int valid = num_keys - (key_tiles - 1) * BLOCK_N;
-    if (valid < BLOCK_N) {
-        __half* const v = ring + 2 * PARTS * KV_TILE;
-        barrier_wait(&barriers.v_full[0], 0);
-        for (int i = threadIdx.x - WARPGROUP; i < (BLOCK_N - valid) * 16; i += CONSUMERS * WARPGROUP)
-            reinterpret_cast<uint4*>(v + i % 2 * KV_TILE)[(valid + i / 16) * 8 + i / 2 % 8] = make_uint4(0, 0, 0, 0);
-        shared_to_async();
-        named_wait(CONSUMERS_ONLY, CONSUMERS * WARPGROUP);
-    }
-
     // A step's products begin while those of the step before run. The wait for them stands at the top of the next
     // round: ptxas moves it up to any place it finds, and only the jump back stops it.
     auto round = [&](int i, auto masked) {
@@ -222,43 +245,89 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         release(&barriers.k_empty[i % STAGES]);
         softmax(i, masked);
     };
-    static_assert(STAGES == 2, "round i releases what round i - 2 took");
-    const int diagonal = min(steps, key_tiles - (s.past + first_q + 1) / BLOCK_N);  // steps with a key that some row precedes
-    int i = 1;
+    // That may be the last step of the tile before. A tile's first step is no round, but its end releases as one does.
+    static_assert(STAGES == 2, "round i releases what step i - 2 took");
+
+    int i = 0;
 #pragma unroll 1
-    for (; i < diagonal; ++i) round(i, Masked<true>());
+    for (int n = 0;; ++n) {
+        barrier_wait(&barriers.q_full[n % 2], n / 2 % 2);
+        const Tile tile = tiles[n % 2];
+        if (tile.num_keys == 0) return;
+        const int key_tiles = tile.key_tiles(), end = i + tile.steps(call);
+        // Of steps with a key that some row precedes.
+        const int diagonal = min(end, i + key_tiles - (tile.first_place + 1) / BLOCK_N);
+        last = i + key_tiles - 1;
+        first_place = tile.first_place + row;
+        q_address = smem_address + (n % 2 * Q + group * 64 * TILE_COLUMNS) * 2;
+#ifdef WINDOW
+        num_keys = tile.num_keys;
+        key_positions = call.cached_positions + static_cast<long long>(tile.first_row / call.seq) * call.capacity;
+        positions[0] = __ldcg(key_positions + min(first_place, num_keys - 1));
+        positions[1] = __ldcg(key_positions + min(first_place + 8, num_keys - 1));
+        last_position = __ldcg(key_positions + num_keys - 1);
+#endif
+        row_max[0] = row_max[1] = MINUS_INFINITY;
+        row_sum[0] = row_sum[1] = 0.0f;
+#pragma unroll
+        for (int j = 0; j < 64; ++j) out[j] = 0.0f;
+
+        start_scores(i);
+        products_wait<0>();
+        settled(scores);
+        release(&barriers.k_empty[i % STAGES]);
+        softmax(i, Masked<true>());
+
+        // What lies past the last key may be NaN, which a weight of zero does not help against.
+        const int valid = tile.num_keys - (key_tiles - 1) * BLOCK_N;
+        if (valid < BLOCK_N) {
+            __half* const v = ring + i % STAGES * STAGE + 2 * PARTS * KV_TILE;
+            barrier_wait(&barriers.v_full[i % STAGES], i / STAGES % 2);
+            for (int j = threadIdx.x - WARPGROUP; j < (BLOCK_N - valid) * 16; j += CONSUMERS * WARPGROUP)
+                reinterpret_cast<uint4*>(v + j % 2 * KV_TILE)[(valid + j / 16) * 8 + j / 2 % 8] = make_uint4(0, 0, 0, 0);
+            shared_to_async();
+            named_wait(CONSUMERS_ONLY, CONSUMERS * WARPGROUP);
+        }
+
+        ++i;
+#pragma unroll 1
+        for (; i < diagonal; ++i) round(i, Masked<true>());
 #ifdef WINDOW
 #pragma unroll 1
-    for (; i < steps && !leaves_window(i); ++i) round(i, Masked<false>());
+        for (; i < end && !leaves_window(i); ++i) round(i, Masked<false>());
 #pragma unroll 1
-    for (; i < steps; ++i) round(i, Masked<true>());
+        for (; i < end; ++i) round(i, Masked<true>());
 #else
 #pragma unroll 1
-    for (; i < steps; ++i) round(i, Masked<false>());
+        for (; i < end; ++i) round(i, Masked<false>());
 #endif
-    products_wait<0>();
-    settled(out);
-    round_weights();
-    start_sums(steps - 1);
-    products_wait<0>();
-    settled(out);
+        release(&barriers.q_empty[n % 2]);
+        products_wait<0>();
+        settled(out);
+        if (i > 1) release(&barriers.v_empty[i % STAGES]);
+        round_weights();
+        start_sums(i - 1);
+        products_wait<0>();
+        settled(out);
 
-    const float scale[2] = {1.0f / quad_sum(row_sum[0]), 1.0f / quad_sum(row_sum[1])};
+        const float scale[2] = {1.0f / quad_sum(row_sum[0]), 1.0f / quad_sum(row_sum[1])};
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-        const int t = first_q + group * 64 + warp * 16 + half * 8 + lane / 4;
-        __half* const row = call.attention +
-                            ((static_cast<long long>(b) * call.seq + t) * call.num_q_heads + q_head_idx) * HEAD_DIM;
+        for (int half = 0; half < 2; ++half) {
+            const int r = row + half * 8;
+            __half* const target =
+                call.attention + (static_cast<long long>(tile.first_row + r) * call.num_q_heads + tile.q_head) * HEAD_DIM;
 #pragma unroll
-        for (int j = 0; j < 16; j += 4) {
-            unsigned pairs[4];
+            for (int j = 0; j < 16; j += 4) {
+                unsigned pairs[4];
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                const float* const sums = out + 4 * (j + e) + 2 * half;
-                pairs[e] = pack(sums[0] * scale[half], sums[1] * scale[half]);
+                for (int e = 0; e < 4; ++e) {
+                    const float* const sums = out + 4 * (j + e) + 2 * half;
+                    pairs[e] = pack(sums[0] * scale[half], sums[1] * scale[half]);
+                }
+                transpose_quad(pairs);
+                if (r < tile.num_keys - tile.first_place)
+                    *reinterpret_cast<uint4*>(target + 8 * (j + quad)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
             }
-            transpose_quad(pairs);
-            if (t < s.count) *reinterpret_cast<uint4*>(row + 8 * (j + quad)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
         }
     }
 }

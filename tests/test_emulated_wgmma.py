@@ -5,9 +5,10 @@ from __future__ import annotations
 import emulated_gpu
 import numpy as np
 import pytest
+from conftest import make_hidden
 from test_emulated import HALVES, TAME, WILD, WINDOW, call, config_of, filled_cache, make_layer
 
-from cupy_attn import cuda
+from cupy_attn import cuda, workspace
 
 pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
 
@@ -19,9 +20,15 @@ def cluster():
 
 
 @pytest.fixture
-def launched(cluster, monkeypatch):
-    """Collect the names of the kernels that run, on five multiprocessors."""
-    emulated_gpu.pretend(monkeypatch, num_sms=5, cluster=cluster)
+def num_sms():
+    """How many multiprocessors there are, unless a test says."""
+    return 5
+
+
+@pytest.fixture
+def launched(cluster, num_sms, monkeypatch):
+    """Collect the names of the kernels that run."""
+    emulated_gpu.pretend(monkeypatch, num_sms=num_sms, cluster=cluster)
     names, plan = [], cuda.CudaBackend._plan_launches
 
     def planned(self, *args, **options):
@@ -62,6 +69,48 @@ def test_unequal_prompts_after_unequal_pasts(launched, dtype, k_norm_max):
     layer = make_layer(config_of(3, 1, 128, 192, attention_bias=True), dtype, k_norm_max)
     call(layer, filled_cache(layer, [130, 0, 65, 7], 290), 150, [150, 1, 64, 0])
     assert launched[1] == "attend_wgmma"
+
+
+def check_workspace():
+    """Hold counters to the zero that the next kernel, whichever it is, must find; leave no other result behind."""
+    (space,) = workspace._workspaces.values()
+    assert not space._buffers["counters"].view(np.int32).any()
+    space.poison()
+
+
+@pytest.mark.parametrize("num_sms", [1, 4])
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD], ids=["normal", "precise"])
+@pytest.mark.parametrize("window", [None, 100])
+def test_blocks_that_attend_to_many_tiles(launched, monkeypatch, window, k_norm_max):
+    """Even and odd numbers of steps; tiles of padding alone, first, last and between; a decode step among the calls."""
+    changes = {} if window is None else WINDOW | {"sliding_window": window}
+    layer = make_layer(config_of(2, 1, 128, 64, **changes), "bfloat16", k_norm_max)
+    monkeypatch.setattr(emulated_gpu.EmulatedLauncher, "seed", 100)
+    cache = filled_cache(layer, [0, 0, 70, 130], 600)
+    for seed, (seq, counts) in enumerate([(300, [300, 0, 131, 1]), (140, [0, 140, 0, 128]), (1, None), (130, None)]):
+        call(layer, cache, seq, counts, seed=seed)
+        check_workspace()
+    assert launched.count("attend_wgmma") == 3
+
+
+def test_replays(launched, monkeypatch):
+    """Of a graph, the last of which has no room left and so no tiles."""
+    layer = make_layer(config_of(2, 1, 128, 64), "float16", TAME)
+    cache, twin = (filled_cache(layer, [70, 3], 70 + 2 * 150) for _ in range(2))
+    x = layer._backend.xp.asarray(make_hidden(layer.config, 2, 150, dtype="float16"))
+    bind, graph = emulated_gpu.EmulatedLauncher.bind, []
+    with monkeypatch.context() as patch:
+        patch.setattr(emulated_gpu._Stream, "is_capturing", lambda stream: True)
+        patch.setattr(emulated_gpu.EmulatedLauncher, "bind", lambda *args: graph.append(bind(*args)) or (lambda: None))
+        y = layer(x, cache)
+    assert launched == ["project_qkv_wgmma", "attend_wgmma", "project_output_wgmma"]
+    for replay in range(3):
+        for run in graph:
+            run()
+        check_workspace()
+        if replay < 2:
+            assert y.tobytes() == layer(x, twin).tobytes()
+    assert np.isnan(y[0]).all()
 
 
 @pytest.mark.parametrize("cluster", [2])
