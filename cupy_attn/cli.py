@@ -33,7 +33,7 @@ from .plan import check_cache, check_positions
 from .reference import STAGES
 from .terminal import DEVICE, JSON, KEY, MODEL, PATH, echo_json, layer_ranges, table, verdict
 from .verify import verify_layer
-from .weights import AttentionWeights, NormStats, read_norm_stats
+from .weights import AttentionWeights, read_norms
 
 RUN_STAGES = tuple(name for name in STAGES if name not in ("scores", "probs"))
 CHUNK_TOKENS = 1024  # tokens between two steps of the progress bar
@@ -256,8 +256,8 @@ def warmup(
     if not archs:
         _check_gpu_and_cache()
     config = AttentionConfig.from_pretrained(model)
-    stats = _chosen_layers(layers, ranges, list(read_norm_stats(model, config)))
-    pairs = warming.needed(config, stats, [STORAGE_DTYPES[name] for name in dict.fromkeys(dtypes)])
+    norms = _chosen_layers(layers, ranges, list(read_norms(model, config)))
+    pairs = warming.needed(config, norms, [STORAGE_DTYPES[name] for name in dict.fromkeys(dtypes)])
     without = {name: why for name in dict.fromkeys(dtypes) if (why := launch.supported(config, name)) is not None}
     builds: list[Callable[[], Any]]
     if archs:
@@ -272,7 +272,7 @@ def warmup(
     counts = {status: sum(r.status == status for r in results) for status in ("built", "cached", "failed")}
     if as_json:
         echo_json({
-            "model": str(model), "dtypes": list(dict.fromkeys(dtypes)), "layers": [index for index, *_ in stats],
+            "model": str(model), "dtypes": list(dict.fromkeys(dtypes)), "layers": [index for index, *_ in norms],
             **counts, "seconds": seconds, "no_kernels": without,
             "kernels": [dataclasses.asdict(r) | {"macros": dict(r.macros)} for r in results],
         })  # fmt: skip
@@ -394,15 +394,15 @@ def _check_arch(arch: str) -> None:
 
 
 def _chosen_layers(
-    option: str, ranges: list[tuple[int, int]] | None, stats: list[tuple[int, NormStats, NormStats]]
-) -> list[tuple[int, NormStats, NormStats]]:
+    option: str, ranges: list[tuple[int, int]] | None, norms: list[tuple[int, np.ndarray, np.ndarray]]
+) -> list[tuple[int, np.ndarray, np.ndarray]]:
     if ranges is None:
-        return stats
+        return norms
     largest = max(last for _, last in ranges)
-    if largest >= len(stats):
-        raise InputError(f"--layers {option} asks for layer {largest}, the checkpoint has 0 to {len(stats) - 1}; name "
+    if largest >= len(norms):
+        raise InputError(f"--layers {option} asks for layer {largest}, the checkpoint has 0 to {len(norms) - 1}; name "
                          "some of those.")  # fmt: skip
-    return [row for row in stats if any(first <= row[0] <= last for first, last in ranges)]
+    return [row for row in norms if any(first <= row[0] <= last for first, last in ranges)]
 
 
 def _check_gpu_and_cache() -> None:

@@ -18,7 +18,15 @@ from .errors import InputError
 from .plan import check_positions
 from .plots import check_plot, entropy_plot, norm_plot
 from .terminal import JSON, KEY, MODEL, PATH, PLOT, echo_json, table
-from .weights import AttentionWeights, read_norm_stats, takes_precise_path
+from .weights import (
+    PEAK_TO_PAIR,
+    PEAK_TO_RMS,
+    AttentionWeights,
+    NormStats,
+    largest_pair_product,
+    read_norms,
+    takes_precise_path,
+)
 
 
 @click.command()
@@ -34,8 +42,9 @@ def inspect(
 ) -> None:
     """Print the Q-norm and K-norm weights of every layer of MODEL and which layers take the precise path.
 
-    A layer whose max |k_norm.weight| exceeds the threshold, or whose scores grow as large without it, computes them
-    with split products on a GPU: an error of 0.0005 before the norm is one of 0.05 after a weight of 96.5.
+    A layer whose max |k_norm.weight| exceeds the threshold, or whose weights of Q and K together make as large scores,
+    computes them with split products on a GPU: an error of 0.0005 before the norm is one of 0.05 after a weight of
+    96.5. max |q k| is the largest product of two weights that RoPE lets meet, rms q k that of root mean squares.
 
     With --dump, a file as `verify` takes: for each head the range of its scores, the mean entropy of its rows over the
     most that the keys they see allow, the mean weight of the first key (an attention sink), and whether it holds NaN or
@@ -55,10 +64,12 @@ def inspect(
 
 def _inspect_weights(model: Path, config: AttentionConfig, plot: Path | None, as_json: bool) -> None:
     rows: list[dict[str, Any]] = []
-    for index, q, k in read_norm_stats(model, config):
+    for index, q_norm, k_norm in read_norms(model, config):
+        q, k = NormStats.of(q_norm), NormStats.of(k_norm)
         rows.append({
-            "layer": index, "precise": takes_precise_path(config, q, k), "sliding_window": config.window(index),
-            "k_norm": dataclasses.asdict(k), "q_norm": dataclasses.asdict(q),
+            "layer": index, "precise": takes_precise_path(config, q_norm, k_norm),
+            "sliding_window": config.window(index), "k_norm": dataclasses.asdict(k), "q_norm": dataclasses.asdict(q),
+            "largest_pair_product": largest_pair_product(q_norm, k_norm), "spread": q.rms * k.rms,
         })  # fmt: skip
     if plot is not None:
         norm_plot(rows, config, str(model), plot)
@@ -70,13 +81,14 @@ def _inspect_weights(model: Path, config: AttentionConfig, plot: Path | None, as
                f"{config.num_key_value_heads} of {config.head_dim}, RoPE {config.rope.rope_type} theta "
                f"{config.rope.rope_theta:g}, positions to {config.max_position - 1}\n")  # fmt: skip
     click.echo(table(
-        ("layer", "max |k|", "mean k", "std k", "median |k|", "max |q|", "window", "scores"),
+        ("layer", "max |k|", "mean k", "std k", "median |k|", "max |q|", "max |q k|", "rms q k", "window", "scores"),
         [(str(r["layer"]), f"{r['k_norm']['max_abs']:.4g}", f"{r['k_norm']['mean']:.3f}", f"{r['k_norm']['std']:.3f}",
           f"{r['k_norm']['quartiles_abs'][1]:.3f}", f"{r['q_norm']['max_abs']:.4g}",
-          str(r["sliding_window"] or "-"), "precise" if r["precise"] else "normal") for r in rows]))  # fmt: skip
+          f"{r['largest_pair_product']:.4g}", f"{r['spread']:.3g}", str(r["sliding_window"] or "-"),
+          "precise" if r["precise"] else "normal") for r in rows]))  # fmt: skip
     precise, threshold = sum(r["precise"] for r in rows), config.precise_threshold
-    click.echo(f"\n{precise} of {len(rows)} layers take the precise path: max |k_norm.weight| above {threshold:g}, or "
-               "scores as large as that gives.")  # fmt: skip
+    click.echo(f"\n{precise} of {len(rows)} layers take the precise path: max |k| above {threshold:g}, max |q k| above "
+               f"{threshold / PEAK_TO_PAIR:g} or rms q k above {threshold / PEAK_TO_RMS:g}.")  # fmt: skip
     if plot is not None:
         click.echo(f"Wrote {plot}.")
 

@@ -139,7 +139,8 @@ class AttentionConfig:
     model_type : str
         ``qwen3`` or ``qwen3_moe``.
     precise_threshold : float
-        Max |k_norm.weight| above which GPU scores take the precise path.
+        Max |k_norm.weight| above which GPU scores take the precise path; so do those of layers whose weights of q and k
+        together make as large ones: see ``weights.takes_precise_path``.
 
     Raises
     ------

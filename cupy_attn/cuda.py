@@ -200,7 +200,7 @@ class CudaBackend:
         self._shape = Shape(
             dtype=weights.dtype.name,
             head_dim=config.head_dim,
-            precise=takes_precise_path(config, weights.q_norm_stats, weights.k_norm_stats),
+            precise=takes_precise_path(config, weights.q_norm, weights.k_norm),
             windowed=self._window is not None,
             float32_angles=angles == "float32",
         )

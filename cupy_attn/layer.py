@@ -111,7 +111,7 @@ class Attention:
 
         See :func:`weights.takes_precise_path`.
         """
-        return takes_precise_path(self.config, self.weights.q_norm_stats, self.weights.k_norm_stats)
+        return takes_precise_path(self.config, self.weights.q_norm, self.weights.k_norm)
 
     def new_cache(self, batch: int = 1, capacity: int | None = None) -> KVCache:
         """Return an empty cache for this layer.

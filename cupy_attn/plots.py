@@ -17,7 +17,7 @@ from .errors import FileError
 from .health import HeadHealth, Rows
 from .io import OUTPUT, check_place, write_whole
 from .verify import Verification
-from .weights import PEAK_TO_RMS
+from .weights import PEAK_TO_PAIR, PEAK_TO_RMS
 
 BLUE, ORANGE, RED = "tab:blue", "tab:orange", "tab:red"
 STAGE_COLORS = ("tab:green", "tab:purple", "tab:brown", "tab:pink", "tab:olive", "tab:cyan", "0.5")
@@ -71,7 +71,8 @@ def norm_plot(rows: Sequence[dict[str, Any]], config: AttentionConfig, model: st
         6.5,
         f"{model}: {config.model_type}, head_dim {config.head_dim}, {config.num_attention_heads}:"
         f"{config.num_key_value_heads} heads\nprecise path: on a GPU these layers compute scores with split products, "
-        f"because max |k_norm.weight| is above {threshold:g} or rms(q_norm.weight) times rms(k_norm.weight) above "
+        f"because max |k_norm.weight| is above {threshold:g}, the largest product of weights of Q and K in a rotated "
+        f"pair above {threshold / PEAK_TO_PAIR:g} or rms(q_norm.weight) times rms(k_norm.weight) above "
         f"{threshold / PEAK_TO_RMS:g}",
     )
     layers = [r["layer"] for r in rows]

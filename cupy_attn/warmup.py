@@ -18,7 +18,7 @@ from .bench import MODELS, model_config
 from .config import AttentionConfig
 from .kernels import Macros
 from .threads import run_parallel, workers
-from .weights import NormStats, takes_precise_path
+from .weights import takes_precise_path
 
 Pair = tuple[str, Macros]
 
@@ -45,7 +45,7 @@ ROUNDING = 2.0**-8
 
 
 def needed(
-    config: AttentionConfig, stats: Iterable[tuple[int, NormStats, NormStats]], dtypes: Iterable[np.dtype[Any]]
+    config: AttentionConfig, norms: Iterable[tuple[int, np.ndarray, np.ndarray]], dtypes: Iterable[np.dtype[Any]]
 ) -> list[Pair]:
     """Return every kernel, once, that some layers of a checkpoint need.
 
@@ -53,17 +53,16 @@ def needed(
     ----------
     config : AttentionConfig
         Of the checkpoint.
-    stats : iterable of (layer, Q-norm, K-norm)
-        As :func:`weights.read_norm_stats` yields them: which layers, and what decides on their paths. A layer looks at
-        its weights in its own dtype; where their rounding may decide, both paths are listed.
+    norms : iterable of (layer, Q-norm, K-norm)
+        As :func:`weights.read_norms` yields them: which layers, and what decides on their paths. A layer looks at its
+        weights in its own dtype; where their rounding may decide, both paths are listed.
     dtypes : iterable of dtype
         Storage dtypes to run in.
     """
     kinds: dict[tuple[bool, bool], None] = {}
-    for layer, q_norm, k_norm in stats:
+    for layer, q_norm, k_norm in norms:
         for edge in (1 - ROUNDING, 1 + ROUNDING):
-            sizes = {name: getattr(k_norm, name) * edge for name in ("max_abs", "mean", "std")}
-            precise = takes_precise_path(config, q_norm, dataclasses.replace(k_norm, **sizes))
+            precise = takes_precise_path(config, q_norm, k_norm.astype(np.float64) * edge)
             kinds[precise, config.window(layer) is not None] = None
     return _unique(
         cuda.specialisations(config, dtype, precise=precise, windowed=windowed)

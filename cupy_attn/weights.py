@@ -50,16 +50,36 @@ class NormStats:
 
 # Norm weights of trained models peak at about this multiple of their root mean square.
 PEAK_TO_RMS = 8
+# How far below the threshold the product of two peaks that meet has to stay. Found by simulation: docs/numerics.md.
+PEAK_TO_PAIR = 2
 
 
-def takes_precise_path(config: AttentionConfig, q_norm: NormStats, k_norm: NormStats) -> bool:
+def largest_pair_product(q_norm: np.ndarray, k_norm: np.ndarray) -> float:
+    """Return the largest product of a weight of q and one of k that meet in a score.
+
+    RoPE mixes dims i and i + D/2, so what meets is the larger |w_q| of such a pair and the larger |w_k| of it.
+    """
+    q, k = (np.abs(w.astype(np.float64)).reshape(2, -1).max(0) for w in (q_norm, k_norm))
+    return float((q * k).max())
+
+
+def takes_precise_path(config: AttentionConfig, q_norm: np.ndarray, k_norm: np.ndarray) -> bool:
     """Return whether scores of a layer need operands of more than float16's precision.
 
-    They do where max |w_k| exceeds ``config.precise_threshold``; and where the scores, whose standard deviation over
-    random heads is rms(w_q) rms(w_k), are as large as that threshold stands for although no single weight is.
+    They do where one of three is too large:
+
+    * max |w_k|, above ``config.precise_threshold``: what rounding does ahead of the norm is multiplied by it.
+    * rms(w_q) rms(w_k), the standard deviation of the scores over random heads, above that threshold over
+      ``PEAK_TO_RMS``: many middling weights add up to what one large one does.
+    * :func:`largest_pair_product`, above the threshold over ``PEAK_TO_PAIR``: one pair of dims then carries the scores,
+      and rounding its q' and k' to float16 moves all of them in proportion, with nothing to average it out.
     """
-    spread = q_norm.rms * k_norm.rms
-    return k_norm.max_abs > config.precise_threshold or spread > config.precise_threshold / PEAK_TO_RMS
+    q, k, threshold = NormStats.of(q_norm), NormStats.of(k_norm), config.precise_threshold
+    return (
+        k.max_abs > threshold
+        or q.rms * k.rms > threshold / PEAK_TO_RMS
+        or largest_pair_product(q_norm, k_norm) > threshold / PEAK_TO_PAIR
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +137,7 @@ class AttentionWeights:
 
     @property
     def k_norm_stats(self) -> NormStats:
-        """Statistics of ``k_norm``; see :func:`takes_precise_path`."""
+        """Statistics of ``k_norm``."""
         return NormStats.of(self.k_norm)
 
     @property
@@ -290,8 +310,8 @@ class AttentionWeights:
         return out
 
 
-def read_norm_stats(path: str | Path, config: AttentionConfig) -> Iterator[tuple[int, NormStats, NormStats]]:
-    """Yield (layer, Q-norm statistics, K-norm statistics) for every layer a checkpoint holds, reading only those."""
+def read_norms(path: str | Path, config: AttentionConfig) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Yield (layer, Q-norm weight, K-norm weight) for every layer a checkpoint holds, reading only those."""
     with _open_checkpoint(Path(path)) as checkpoint:
         layer = 0
         while config.num_hidden_layers is None or layer < config.num_hidden_layers:
@@ -303,7 +323,7 @@ def read_norm_stats(path: str | Path, config: AttentionConfig) -> Iterator[tuple
                 raise
             names = (f"{prefix}self_attn.{n}_norm.weight" for n in "qk")
             q_norm, k_norm = (_take_norm(checkpoint, name, config.head_dim) for name in names)
-            yield layer, NormStats.of(q_norm), NormStats.of(k_norm)
+            yield layer, q_norm, k_norm
             layer += 1
 
 

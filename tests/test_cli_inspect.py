@@ -14,7 +14,7 @@ from cupy_attn import cuda, demo, io, plots
 from cupy_attn.arrays import STORAGE_DTYPES
 from cupy_attn.bench import MODELS
 from cupy_attn.cpu import CpuBackend
-from cupy_attn.weights import read_norm_stats
+from cupy_attn.weights import NormStats, largest_pair_product, read_norms
 
 # inspect, doctor, bench
 
@@ -24,10 +24,10 @@ def test_inspect_lists_every_layer(model):
     maxima = [largest for largest, *_ in demo.K_NORM_STATISTICS]
     rows = [line.split() for line in printed.splitlines()[4 : 4 + len(maxima)]]
     assert [row[:2] for row in rows] == [[str(i), f"{largest:.4g}"] for i, largest in enumerate(maxima)]
-    # Layer 8 has no weight above 20, but scores as large as such weights make.
+    # Layer 8 has no weight above 20, but scores as large as such weights make: 12 with a q weight of about one.
     precise = [largest > 20 or i == 8 for i, largest in enumerate(maxima)]
     assert [row[-1] for row in rows] == ["precise" if p else "normal" for p in precise]
-    assert f"{sum(precise)} of {len(maxima)} layers" in printed
+    assert f"{sum(precise)} of {len(maxima)} layers take the precise path: max |k| above 20, " in printed
 
 
 def test_inspect_prints_one_json_object(small):
@@ -38,6 +38,8 @@ def test_inspect_prints_one_json_object(small):
         weights = layer_of(small, row["layer"]).weights
         assert row["k_norm"]["max_abs"] == weights.k_norm_stats.max_abs
         assert row["q_norm"]["mean"] == weights.q_norm_stats.mean
+        assert row["largest_pair_product"] == largest_pair_product(weights.q_norm, weights.k_norm)
+        assert row["spread"] == weights.q_norm_stats.rms * weights.k_norm_stats.rms
         assert row["precise"] is layer_of(small, row["layer"]).precise
     assert len(told["layers"]) == 2
 
@@ -60,9 +62,12 @@ def test_the_picture_says_why_a_layer_is_shaded(model, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "_save", lambda figure, path: drawn.append(figure))
     invoke("inspect", model, "--plot", tmp_path / "k.png")
     caption = " ".join(drawn[0].get_supxlabel().split())
-    assert "max |k_norm.weight| is above 20 or rms(q_norm.weight) times rms(k_norm.weight) above 2.5" in caption
-    for layer, q, k in read_norm_stats(model, ca.AttentionConfig.from_pretrained(model)):
-        precise = k.max_abs > 20 or q.rms * k.rms > 2.5
+    assert "max |k_norm.weight| is above 20, " in caption
+    assert "product of weights of Q and K in a rotated pair above 10 or rms(q_norm.weight) times" in caption
+    assert "rms(k_norm.weight) above 2.5" in caption
+    for layer, q_norm, k_norm in read_norms(model, ca.AttentionConfig.from_pretrained(model)):
+        q, k = NormStats.of(q_norm), NormStats.of(k_norm)
+        precise = k.max_abs > 20 or largest_pair_product(q_norm, k_norm) > 10 or q.rms * k.rms > 2.5
         spans = [patch.get_x() for patch in drawn[0].axes[0].patches]
         assert (layer - 0.5 in spans) == precise
 

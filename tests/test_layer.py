@@ -846,16 +846,15 @@ def test_cuda_without_a_gpu_says_why(monkeypatch):
     assert make_layer("float32", "auto").device == "cpu"
 
 
-def test_precise_is_decided_by_the_largest_weight_or_by_the_spread_of_scores():
+def test_precise_is_decided_by_the_largest_weight_or_pair_or_by_the_spread_of_scores():
     def precise(k_norm, q_norm=1.0, **config):
         weights = make_weights(CONFIG)
         d = CONFIG.head_dim
         weights = dataclasses.replace(
-            weights, k_norm=np.resize(np.float32(k_norm), d), q_norm=np.full(d, q_norm, np.float32)
+            weights, k_norm=np.resize(np.float32(k_norm), d), q_norm=np.resize(np.float32(q_norm), d)
         )
         return ca.Attention(ca.AttentionConfig.from_dict(CONFIG.to_dict(), **config), weights, "float32", "cpu").precise
 
-    assert not precise(np.array([17.0, *[0.1] * 63]), q_norm=0.8)  # rms 3.0, spread 2.4
     assert precise(np.array([20.1, *[0.1] * 63]), q_norm=0.1)
     assert precise(np.array([-20.1, *[0.1] * 63]), q_norm=0.1)
     assert not precise(np.array([20.0, *[0.1] * 63]), q_norm=0.1)
@@ -864,6 +863,13 @@ def test_precise_is_decided_by_the_largest_weight_or_by_the_spread_of_scores():
     assert precise(2.6)  # no weight is large, but the scores are: 20 / 8 = 2.5
     assert precise(2.4, q_norm=1.1)
     assert not precise(4.9, precise_threshold=40.0)
+    one, same, other = (np.eye(64)[i] for i in (3, 3 + CONFIG.head_dim // 2, 4))  # RoPE mixes the first two
+    for peak in (one, same):
+        assert precise(0.1 + 9.9 * peak, q_norm=0.1 + 1.0 * one)  # 10 x 1.1, half of 20
+        assert precise(0.1 - 10.1 * peak, q_norm=0.1 + 1.0 * one)
+        assert not precise(0.1 + 9.9 * peak, q_norm=0.1 + 0.8 * one)
+        assert not precise(0.1 + 9.9 * peak, q_norm=0.1 + 1.0 * one, precise_threshold=23.0)
+    assert not precise(0.1 + 9.9 * one, q_norm=0.1 + 1.0 * other)
     assert "float32" in repr(make_layer())
     assert "float32" in repr(make_layer())
 

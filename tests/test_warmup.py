@@ -20,7 +20,7 @@ import cupy_attn as ca
 from cupy_attn import cli, cuda, doctor, io, kernels, warmup
 from cupy_attn.arrays import STORAGE_DTYPES
 from cupy_attn.bench import model_config
-from cupy_attn.weights import NormStats, read_norm_stats
+from cupy_attn.weights import read_norms
 
 pytest.importorskip("cupy")
 
@@ -86,13 +86,13 @@ def uses(pairs) -> set[tuple[str, str]]:
 
 def test_layers_need_each_kernel_of_their_path_and_dtype_once(small_kernels, model):
     config = ca.AttentionConfig.from_pretrained(model)
-    stats = list(read_norm_stats(model, config))
-    assert [k.max_abs for _, _, k in stats] == list(MAXIMA)
-    pairs = warmup.needed(config, stats, [FLOAT16, BFLOAT16])
+    norms = list(read_norms(model, config))
+    assert [np.abs(k).max() for _, _, k in norms] == list(MAXIMA)
+    pairs = warmup.needed(config, norms, [FLOAT16, BFLOAT16])
     assert len(pairs) == len(set(pairs)) == 6
     assert uses(pairs) == {(t, use) for t in ("__half", "__nv_bfloat16") for use in ("all", "normal", "precise")}
-    assert uses(warmup.needed(config, stats[:1], [FLOAT32])) == {("float", "all"), ("float", "precise")}
-    assert uses(warmup.needed(config, stats[1::2], [FLOAT32])) == {("float", "all"), ("float", "normal")}
+    assert uses(warmup.needed(config, norms[:1], [FLOAT32])) == {("float", "all"), ("float", "precise")}
+    assert uses(warmup.needed(config, norms[1::2], [FLOAT32])) == {("float", "all"), ("float", "normal")}
     assert warmup.needed(config, [], [FLOAT16]) == []
 
 
@@ -103,8 +103,8 @@ def test_the_path_that_the_layer_takes_in_its_dtype_is_listed(small_kernels, lar
     config = make_config()
     weights = make_weights(config, k_norm_max=largest)
     weights = dataclasses.replace(weights, q_norm=weights.q_norm * np.float32(q_scale))
-    stats = [(0, weights.q_norm_stats, weights.k_norm_stats)]
-    listed = {use for _, use in uses(warmup.needed(config, stats, [STORAGE_DTYPES[dtype]]))} - {"all"}
+    norms = [(0, weights.q_norm, weights.k_norm)]
+    listed = {use for _, use in uses(warmup.needed(config, norms, [STORAGE_DTYPES[dtype]]))} - {"all"}
     try:
         layer = ca.Attention(config, weights, dtype, "cpu")
     except ca.WeightsError:
@@ -118,10 +118,10 @@ def test_the_path_that_the_layer_takes_in_its_dtype_is_listed(small_kernels, lar
 def test_layers_with_a_window_need_kernels_of_their_own(small_kernels):
     config = make_config(use_sliding_window=True, sliding_window=64, max_window_layers=2)
     weights = make_weights(config)
-    stats = [(layer, weights.q_norm_stats, weights.k_norm_stats) for layer in range(4)]
+    norms = [(layer, weights.q_norm, weights.k_norm) for layer in range(4)]
     assert [config.window(layer) for layer in range(4)] == [None, None, 64, 64]
-    assert {u for _, u in uses(warmup.needed(config, stats, [FLOAT16]))} == {"all", "precise", "precise windowed"}
-    assert {u for _, u in uses(warmup.needed(config, stats[2:], [FLOAT16]))} == {"all", "precise windowed"}
+    assert {u for _, u in uses(warmup.needed(config, norms, [FLOAT16]))} == {"all", "precise", "precise windowed"}
+    assert {u for _, u in uses(warmup.needed(config, norms[2:], [FLOAT16]))} == {"all", "precise windowed"}
 
 
 def test_the_published_models_need_kernels_on_both_paths_and_the_common_ones_are_16_bit(small_kernels):
@@ -133,8 +133,8 @@ def test_the_published_models_need_kernels_on_both_paths_and_the_common_ones_are
 def test_a_checkpoint_of_a_published_shape_needs_kernels_of_the_published_models():
     config = model_config("0.6B")
     for largest, dtype in ((1.5, FLOAT16), (96.5, BFLOAT16)):
-        norm = NormStats(largest, 1.0, largest / 10, (0.5, 1.0, 1.5))
-        pairs = warmup.needed(config, [(0, NormStats(1.0, 1.0, 0.0, (1.0, 1.0, 1.0)), norm)], [dtype])
+        k_norm = np.array([largest, *[1.0] * 127], np.float32)
+        pairs = warmup.needed(config, [(0, np.ones(128, np.float32), k_norm)], [dtype])
         assert pairs
         assert set(pairs) <= set(warmup.common())
 

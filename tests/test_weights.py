@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 import cupy_attn as ca
 from cupy_attn import weights as weights_module
-from cupy_attn.weights import INDEX_NAME, SINGLE_NAME, read_norm_stats
+from cupy_attn.weights import INDEX_NAME, SINGLE_NAME, largest_pair_product, read_norms
 
 BFLOAT16 = ml_dtypes.bfloat16
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": BFLOAT16}
@@ -277,8 +277,14 @@ def test_norm_statistics(dtype):
     assert stats.quartiles_abs == pytest.approx((1.625, 3.0, 27.125))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_meet_within_a_rotated_pair(dtype):
+    q_norm, k_norm = (np.array(w, DTYPES[dtype]) for w in ([-3, 1, 0.5, 2], [0.5, 4, -8, 1]))
+    assert largest_pair_product(q_norm, k_norm) == 24.0  # pairs (0, 2) and (1, 3): 3 x 8 and 2 x 4
+
+
 @pytest.mark.parametrize("num_hidden_layers", [3, None])
-def test_read_norm_stats_reads_norms_only(tmp_path, monkeypatch, num_hidden_layers):
+def test_read_norms_reads_norms_only(tmp_path, monkeypatch, num_hidden_layers):
     config = make_config(num_hidden_layers=num_hidden_layers)
     save_model(tmp_path, config, make_tensors(config, layers=3), shards=2)
     read = []
@@ -286,17 +292,20 @@ def test_read_norm_stats_reads_norms_only(tmp_path, monkeypatch, num_hidden_laye
     monkeypatch.setattr(
         weights_module._Checkpoint, "__getitem__", lambda self, name: (read.append(name), original(self, name))[1]
     )
-    found = list(read_norm_stats(tmp_path, config))
+    found = list(read_norms(tmp_path, config))
     expected = [make_weights(config, seed=i, layer=i) for i in range(3)]
-    assert found == [(i, w.q_norm_stats, w.k_norm_stats) for i, w in enumerate(expected)]
+    assert [index for index, *_ in found] == [0, 1, 2]
+    for (_, q_norm, k_norm), weights in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(q_norm, weights.q_norm)
+        np.testing.assert_array_equal(k_norm, weights.k_norm)
     assert {name.split(".")[-2] for name in read} == {"q_norm", "k_norm"}
 
 
-def test_read_norm_stats_of_too_few_layers(tmp_path):
+def test_read_norms_of_too_few_layers(tmp_path):
     config = make_config(num_hidden_layers=4)
     save_model(tmp_path, config, make_tensors(config, layers=3))
     with pytest.raises(ca.WeightsError, match="holds layer 3"):
-        list(read_norm_stats(tmp_path, config))
+        list(read_norms(tmp_path, config))
 
 
 # What is refused.
