@@ -163,6 +163,17 @@ def noise(dtype: str, shape: tuple[int, ...], seed: int) -> Any:
     return cupy.resize(noise_bits(dtype)[7919 * seed % 1_000_003 :], shape).view(storage_dtype(dtype))
 
 
+def captured(run: Callable[[], Any]) -> Callable[[], None]:
+    """Return what queues ``run`` as a CUDA graph; what it needs must be compiled and allocated already."""
+    stream = cupy.cuda.get_current_stream()
+    stream.synchronize()
+    stream.begin_capture()
+    run()
+    graph = stream.end_capture()
+    graph.upload()
+    return graph.launch
+
+
 class Stack:
     """Layers in a chain: ``hidden[i + 1] = layer i (hidden[i]) + hidden[i]``."""
 
@@ -187,16 +198,10 @@ class Stack:
 
     def capture(self) -> None:
         """Let ``launch`` queue the run as a CUDA graph; a run before it compiles kernels and sizes workspaces."""
-        stream = cupy.cuda.get_current_stream()
         self.rewind()
         self.run()
         self.rewind()
-        stream.synchronize()
-        stream.begin_capture()
-        self.run()
-        graph = stream.end_capture()
-        graph.upload()
-        self.launch = graph.launch
+        self.launch = captured(self.run)
 
     def poison(self) -> None:
         """Fill every output with NaN, of either dtype."""

@@ -274,6 +274,21 @@ def versions() -> tuple[dict[str, str], dict[str, str]]:
     return found, missing
 
 
+def captured(run: Callable[[], Any]) -> Callable[[], None]:
+    """Return what queues ``run`` as one of PyTorch's CUDA graphs, after two runs outside it."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):  # compiles, and makes room
+            run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    torch.cuda.synchronize()
+    return graph.replay
+
+
 class TorchStack(Stack):
     """A peer's layers on the numbers of :class:`stacks.Stack`."""
 
@@ -293,18 +308,8 @@ class TorchStack(Stack):
 
     def capture(self) -> None:
         """Let ``launch`` queue the run as one of PyTorch's CUDA graphs, whose outputs stay where they are."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(2):  # compiles, and makes room
-                self.run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            self.run()
-        torch.cuda.synchronize()
+        self.launch = captured(self.run)
         self.hidden[1:] = [as_cupy(y, self.dtype) for y in self._outputs]
-        self.launch = graph.replay
 
 
 def stack_builders(names: list[str]) -> dict[str, Callable[[Case, str, int], Stack]]:
