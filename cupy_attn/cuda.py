@@ -312,7 +312,8 @@ class CudaBackend:
             "attention": (call["attention"], config.q_size, rows),
             "o_proj": (call["o_proj"], config.q_size, config.hidden_size),
         }
-        return b"".join(tensor_map(*matrices[name], box_rows) for name, box_rows in one.boxes)
+        return b"".join(tensor_map(*matrices[name], box_rows, by_quads=name in ("qkv_proj", "o_proj"))
+                        for name, box_rows in one.boxes)  # fmt: skip
 
     def _outgrown(self, plan: Plan) -> bool:
         """Whether dynamic RoPE has left the length whose angles the kernels have."""
@@ -360,8 +361,6 @@ class CudaBackend:
         else:
             buffers["q"] = (parts, batch * seq, heads, dim), np.float16
             buffers["k"] = (parts, batch, kv_heads, scratch, dim), np.float16
-            if launches[0].boxes:
-                buffers["rotations"] = (batch * seq, dim // 2, 2), np.float32
             if shape.dtype != "float16":
                 buffers["v"] = (batch, kv_heads, scratch, dim), np.float16
         scratch_arrays = {name: workspace.take(name, size, dtype, capturing=capturing)

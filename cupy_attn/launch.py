@@ -24,7 +24,7 @@ HIDDEN_PARTS = 2  # project_qkv.cu: float16 numbers that hold one normalised hid
 _POINTERS = (
     "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "o_proj", "input_norm", "q_norm", "k_norm",
     "qkv_bias", "o_bias", "frequency", "k_cache", "v_cache", "lengths", "cached_positions", "fault", "rows", "hidden",
-    "q", "k", "v", "attention", "rotations", "qkv", "partial", "counters", "stage_input_norm", "stage_q", "stage_k",
+    "q", "k", "v", "attention", "qkv", "partial", "counters", "stage_input_norm", "stage_q", "stage_k",
     "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope", "stage_row_max", "stage_lse",
     "stage_attention", "stage_output",
 )  # fmt: skip
@@ -86,7 +86,8 @@ class Shape:
 class Launch:
     """One kernel of a call.
 
-    ``overlaps``: it may begin before the one ahead of it has ended (launcher.py). ``boxes``: the arrays that it copies
+    ``overlaps``: it may begin before the one ahead of it has ended (launcher.py). ``cluster``: how many blocks run
+    together; the grid is then cut to what the GPU holds at a time. ``boxes``: the arrays that it copies
     through tensor maps, in the order of its ``struct Maps``, and the rows of one copy.
     """
 
@@ -96,6 +97,7 @@ class Launch:
     threads: int
     smem_bytes: int
     overlaps: bool = False
+    cluster: int = 1
     boxes: tuple[tuple[str, int], ...] = ()
 
 

@@ -40,6 +40,9 @@ def _driver() -> Any:
     library.cuLaunchKernelEx.argtypes = (
         ctypes.POINTER(_Config), ctypes.c_void_p, ctypes.POINTER(ctypes.c_void_p), ctypes.c_void_p,
     )  # fmt: skip
+    library.cuOccupancyMaxActiveClusters.argtypes = (
+        ctypes.POINTER(ctypes.c_int), ctypes.c_void_p, ctypes.POINTER(_Config),
+    )  # fmt: skip
     return library
 
 
@@ -77,6 +80,23 @@ class Launcher:
         self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
         self._function = ctypes.c_void_p(self._kernel.kernel.ptr)
         self._cuda_launch = _driver().cuLaunchKernelEx
+        self._grid = launch.grid if launch.cluster == 1 else min(launch.grid, self._most_clusters() * launch.cluster)
+
+    def _config(self, stream: int) -> _Config:
+        launch = self._launch
+        return _Config((launch.grid, 1, 1), (launch.threads, 1, 1), launch.smem_bytes, stream,
+                       ctypes.pointer(self._attribute), int(self._overlaps))  # fmt: skip
+
+    def _most_clusters(self) -> int:
+        """Return how many clusters the GPU holds at a time; more would wait for those to end."""
+        launch, most = self._launch, ctypes.c_int()
+        status = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(most), self._function, self._config(0))
+        if status or not most.value:
+            raise DeviceError(
+                f"{launch.name} needs {launch.cluster} multiprocessors that work together and this GPU has none "
+                f"(CUDA driver error {status}); set CUPY_ATTN_PORTABLE=1 to do without."
+            )
+        return most.value
 
     def bind(self, call: np.ndarray, stream: Any, maps: bytes = b"") -> Callable[[], None]:
         """Return a function that launches with what ``call`` holds then, on a CuPy stream.
@@ -91,10 +111,8 @@ class Launcher:
             Tensor maps of ``launch.boxes``, one after the other.
         """
         launch, cuda_launch, function = self._launch, self._cuda_launch, self._function
-        config = _Config(
-            (launch.grid, 1, 1), (launch.threads, 1, 1), launch.smem_bytes, stream.ptr, ctypes.pointer(self._attribute),
-            int(self._overlaps),
-        )  # fmt: skip
+        config = self._config(stream.ptr)
+        config.grid[0] = self._grid
         held = ctypes.create_string_buffer(maps, len(maps))
         where, parameters = ctypes.byref(config), (ctypes.c_void_p * 2)(call.ctypes.data, ctypes.addressof(held))
 

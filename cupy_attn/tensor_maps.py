@@ -28,7 +28,7 @@ def _encode() -> Any:
 
 
 @functools.lru_cache(maxsize=1024)
-def tensor_map(address: int, columns: int, rows: int, box_rows: int) -> bytes:
+def tensor_map(address: int, columns: int, rows: int, box_rows: int, *, by_quads: bool = False) -> bytes:
     """Return the map of a C-contiguous float16 matrix on the GPU, copied in boxes of ``box_rows`` x 64.
 
     Parameters
@@ -39,6 +39,9 @@ def tensor_map(address: int, columns: int, rows: int, box_rows: int) -> bytes:
         Shape; ``2 * columns`` must be a multiple of 16.
     box_rows : int
         At most 256.
+    by_quads : bool
+        Copy row ``8 q + 2 j + e`` of every 32 to row ``8 j + 2 q + e`` of the box, e of 2, q and j of 4: wgmma.cuh says
+        why. Then ``rows`` and ``box_rows`` must be multiples of 32.
 
     Raises
     ------
@@ -47,10 +50,15 @@ def tensor_map(address: int, columns: int, rows: int, box_rows: int) -> bytes:
     """
     aligned = np.zeros(MAP_BYTES + 64, np.uint8)
     start = -aligned.ctypes.data % 64
+    # Dimensions from the innermost: columns, then rows; or their e, q, j and how many 32 of them.
+    sizes, steps, box = [columns, rows], [1], [BOX_COLUMNS, box_rows]
+    if by_quads:
+        sizes, steps, box = [columns, 2, 4, 4, rows // 32], [1, 8, 2, 32], [BOX_COLUMNS, 2, 4, 4, box_rows // 32]
+    rank = len(sizes)
     arguments = (
-        aligned.ctypes.data + start, _FLOAT16, 2, address, (ctypes.c_uint64 * 2)(columns, rows),
-        (ctypes.c_uint64 * 1)(2 * columns), (ctypes.c_uint32 * 2)(BOX_COLUMNS, box_rows), (ctypes.c_uint32 * 2)(1, 1),
-        _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _ZEROS_OUTSIDE,
+        aligned.ctypes.data + start, _FLOAT16, rank, address, (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*(2 * columns * step for step in steps)), (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*[1] * rank), _NO_INTERLEAVE, _SWIZZLE_128B, _PROMOTE_TO_256B, _ZEROS_OUTSIDE,
     )  # fmt: skip
     status = _encode()(*arguments)
     if status == INVALID_CONTEXT:

@@ -42,35 +42,33 @@ def attends(shape: Shape, limits: Limits, seq: int, *, collect: bool) -> bool:
     return limits.wgmma and shape.head_dim == HEAD_DIM and not collect and seq >= LEAST_QUERIES
 
 
-def _tiles(rows: int, columns: int, block_n: int) -> int:
-    """Return how many tiles a result has, those of a cluster counted as one."""
-    return -(-rows // (BLOCK_M * CLUSTER)) * -(-columns // block_n)
+def _project(
+    name: str, shape: Shape, limits: Limits, rows: int, columns: int, sizes: tuple[int, ...],
+    boxes: tuple[str, str], *, least: int = 0, **macros: object,
+) -> Launch:  # fmt: skip
+    """Return the launch of a product of ``rows`` rows.
 
-
-def _columns(limits: Limits, rows: int, columns: int, sizes: tuple[int, ...]) -> int:
-    """Return how many columns a tile has for the least time: rounds of all clusters, times what one takes."""
-    costs = {256: 256, 128: 144, 64: 92}  # narrow tiles read more of x and W for every product
-    return min(sizes, key=lambda size: -(-_tiles(rows, columns, size) // (limits.num_sms // CLUSTER)) * costs[size])
-
-
-def _ring(limits: Limits, block_n: int) -> tuple[int, int]:
-    """Return how many buffers a tile's copies go through, and their bytes."""
+    ``columns``: of the result. ``sizes``: how many a tile may have. ``boxes``: the arrays that are copied, x and W.
+    ``least``: blocks that there is other work for.
+    """
+    tiles = {size: -(-rows // (BLOCK_M * CLUSTER)) * -(-columns // size) for size in sizes}
+    clusters = limits.num_sms // CLUSTER
+    # Rounds of all clusters, times what a tile takes: narrow ones read more of x and W for every product.
+    block_n = min(sizes, key=lambda size: -(-tiles[size] // clusters) * {256: 256, 128: 144, 64: 92}[size])
     stage = (BLOCK_M + block_n) * GEMM_BLOCK_K * 2
     stages = min(6, (limits.block_smem - ALIGNMENT) // stage)
-    return stages, stages * stage
+    settings = macros_of(shape, BLOCK_N=block_n, GEMM_STAGES=stages, CLUSTER=CLUSTER, **macros)
+    grid = min(clusters, max(tiles[block_n], -(-least // CLUSTER))) * CLUSTER
+    copied = ((boxes[0], BLOCK_M), (boxes[1], min(block_n // CLUSTER, BOX_ROWS)))
+    return Launch(name, settings, grid, THREADS, stages * stage, overlaps=True, cluster=CLUSTER, boxes=copied)
 
 
 def project_qkv(config: AttentionConfig, shape: Shape, limits: Limits, rows: int, past: int) -> Launch:
     """Launch of ``project_qkv_wgmma.cu`` for ``rows`` rows of x and ``past`` cached keys of all heads."""
-    columns = config.q_size + 2 * config.kv_size
-    block_n = 128 if shape.precise else _columns(limits, rows, columns, (256, 128))
-    stages, smem = _ring(limits, block_n)
-    macros = macros_of(shape, BLOCK_N=block_n, GEMM_STAGES=stages, CLUSTER=CLUSTER,
-                       FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
-    warps = -(-(rows + -(-past // PAST_ROWS_A_WARP)) // (THREADS // 32 * CLUSTER))
-    grid = min(limits.num_sms // CLUSTER, max(_tiles(rows, columns, block_n), warps)) * CLUSTER
-    boxes = (("hidden", BLOCK_M), ("qkv_proj", min(block_n // CLUSTER, BOX_ROWS)))
-    return Launch("project_qkv_wgmma", macros, grid, THREADS, smem, overlaps=True, boxes=boxes)
+    warps = rows + -(-past // PAST_ROWS_A_WARP)
+    return _project("project_qkv_wgmma", shape, limits, rows, config.q_size + 2 * config.kv_size,
+                    (128,) if shape.precise else (256, 128), ("hidden", "qkv_proj"),
+                    least=-(-warps // (THREADS // 32)), FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
 
 
 def attend(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int) -> Launch:
@@ -85,12 +83,8 @@ def attend(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, se
 
 def project_output(config: AttentionConfig, shape: Shape, limits: Limits, rows: int) -> Launch:
     """Launch of ``project_output_wgmma.cu``."""
-    block_n = _columns(limits, rows, config.hidden_size, (256, 128, 64))
-    stages, smem = _ring(limits, block_n)
-    macros = macros_of(launch.plain(shape), BLOCK_N=block_n, GEMM_STAGES=stages, CLUSTER=CLUSTER)
-    grid = min(limits.num_sms // CLUSTER, _tiles(rows, config.hidden_size, block_n)) * CLUSTER
-    boxes = (("attention", BLOCK_M), ("o_proj", min(block_n // CLUSTER, BOX_ROWS)))
-    return Launch("project_output_wgmma", macros, grid, THREADS, smem, overlaps=True, boxes=boxes)
+    return _project("project_output_wgmma", launch.plain(shape), limits, rows, config.hidden_size, (256, 128, 64),
+                    ("attention", "o_proj"))  # fmt: skip
 
 
 def prefill(

@@ -36,7 +36,6 @@ struct Call {
     __half* k;          // [PARTS, B, Hkv, scratch_capacity, D]
     __half* v;          // [B, Hkv, scratch_capacity, D], where storage is not float16
     __half* attention;  // [B S, Hq D]
-    float2* rotations;  // [B S, D / 2], cosine and sine; project_qkv_wgmma.cu only
     float* qkv;         // [B, (Hq + 2 Hkv) D], decode only
     float* partial;     // shares of attend_decode.cu, decode only
     int* counters;      // zero between kernels
@@ -103,6 +102,7 @@ constexpr bool STORED_AS_FLOAT16 = is_float16(static_cast<STORAGE*>(nullptr));
 struct Sequence {
     int past;   // tokens in the cache before this call
     int count;  // new tokens
+    int next;   // the position that counting on from the cache gives the first of them
     bool fault;
 };
 
@@ -112,24 +112,28 @@ __device__ __forceinline__ int new_position(const Call& call, int b, int past, i
     return t + (past > 0 ? __ldcg(call.cached_positions + static_cast<long long>(b) * call.capacity + past - 1) + 1 : 0);
 }
 
+__device__ __forceinline__ int new_position(const Call& call, int b, const Sequence& s, int t) {
+    return call.positions != nullptr ? __ldcg(call.positions + b * call.seq + t) : s.next + t;
+}
+
 // The host checks every call, but not the replays of a graph: what does not fit is left out whole. Loads go past L1, which
 // may hold what a kernel before the last one read.
 __device__ __forceinline__ Sequence sequence(const Call& call, int b) {
     Sequence s;
     s.past = __ldcg(call.lengths + b);
     s.count = call.num_tokens != nullptr ? __ldcg(call.num_tokens + b) : call.seq;
+    s.next = call.positions == nullptr ? new_position(call, b, s.past, 0) : 0;
     s.fault = s.past + s.count > call.capacity ||
-              (s.count > 0 && new_position(call, b, s.past, s.count - 1) >= call.max_position);
+              (s.count > 0 && new_position(call, b, s, s.count - 1) >= call.max_position);
     if (s.fault) s.count = 0;
     return s;
 }
 
-// Describe row m of x for the kernels that follow, and note its position in the cache; return what is in call.rows then.
-__device__ __forceinline__ int2 describe_row(const Call& call, int m) {
+// Describe row m of x, which is of sequence s, for the kernels that follow, and note its position in the cache; return what is in call.rows then.
+__device__ __forceinline__ int2 describe_row(const Call& call, int m, const Sequence& s) {
     const int b = m / call.seq, t = m % call.seq;
-    const Sequence s = sequence(call, b);
     if (t < s.count) {
-        const int slot = s.past + t, position = new_position(call, b, s.past, t);
+        const int slot = s.past + t, position = new_position(call, b, s, t);
         call.cached_positions[static_cast<long long>(b) * call.capacity + slot] = position;
         return call.rows[m] = make_int2(slot, position);
     }

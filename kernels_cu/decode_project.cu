@@ -32,7 +32,7 @@ decode_project(const __grid_constant__ Call call)
     if (blockIdx.x == gridDim.x - 1) {
         wait_for_previous_kernel();
         let_next_kernel_begin();
-        if (threadIdx.x < call.batch) describe_row(call, threadIdx.x);
+        if (threadIdx.x < call.batch) describe_row(call, threadIdx.x, sequence(call, threadIdx.x));
         return;
     }
     const int warp = threadIdx.x / 32, m = threadIdx.x % 32 / 4;

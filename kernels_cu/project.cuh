@@ -22,28 +22,29 @@ __device__ __forceinline__ void leave_counters(const Call& call, int tiles) {
     }
 }
 
-// Describe and normalise rows first to first + Rows of x, in one warp; return the position of each to the lane of its number.
-template <int Rows>
-__device__ __forceinline__ int normalise_rows(const Call& call, int first) {
-    constexpr int HELD = 4;  // vectors of a row that a lane keeps; of wider rows the rest is read twice
-    const int lane = threadIdx.x % 32, num_rows = call.batch * call.seq, num_vectors = call.hidden_size / VECTOR;
-    uint4 held[Rows][HELD];
+// Describe and normalise `count` rows of x from row `first` on, in one warp. They are loaded all at once, at most Rows of
+// them; of wider rows than 32 Held vectors the rest is read twice. of_first: sequence 0, which most calls have no other than.
+template <int Rows, int Held>
+__device__ __forceinline__ void normalise_rows(const Call& call, const Sequence& of_first, int first, int count) {
+    const int lane = threadIdx.x % 32, num_vectors = call.hidden_size / VECTOR;
+    uint4 held[Rows][Held];
 #pragma unroll
     for (int r = 0; r < Rows; ++r)
 #pragma unroll
-        for (int i = 0; i < HELD; ++i) {
-            const bool inside = first + r < num_rows && lane + 32 * i < num_vectors;
+        for (int i = 0; i < Held; ++i) {
+            const bool inside = r < count && lane + 32 * i < num_vectors;
             const STORAGE* from = call.x + static_cast<long long>(first + r) * call.hidden_size + (lane + 32 * i) * VECTOR;
             held[r][i] = inside ? __ldcg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
         }
-    int2 row = make_int2(PADDING, 0);
-    if (lane < Rows && first + lane < num_rows) row = describe_row(call, first + lane);
-#pragma unroll
-    for (int r = 0; r < Rows; ++r) {
-        const int m = first + r;
-        const bool valid = __shfl_sync(0xffffffffu, row.x, r) >= 0;
-        if (m >= num_rows) break;
-        const long long row_start = static_cast<long long>(m) * call.hidden_size;
+    int is_there = 0;
+    if (lane < count) {
+        const int b = (first + lane) / call.seq;
+        is_there = describe_row(call, first + lane, b == 0 ? of_first : sequence(call, b)).x >= 0;
+    }
+#pragma unroll 1
+    for (int r = 0; r < count; ++r) {
+        const bool valid = __shfl_sync(0xffffffffu, is_there, r);
+        const long long row_start = static_cast<long long>(first + r) * call.hidden_size;
         float sum_squares = 0.0f;
         auto add_squares = [&](const STORAGE* from) {
             float values[VECTOR];
@@ -52,9 +53,9 @@ __device__ __forceinline__ int normalise_rows(const Call& call, int first) {
             for (int j = 0; j < VECTOR; ++j) sum_squares += values[j] * values[j];
         };
 #pragma unroll
-        for (int i = 0; i < HELD; ++i) add_squares(reinterpret_cast<const STORAGE*>(&held[r][i]));
+        for (int i = 0; i < Held; ++i) add_squares(reinterpret_cast<const STORAGE*>(&held[0][i]));
 #pragma unroll 4
-        for (int v = lane + 32 * HELD; v < num_vectors; v += 32) {
+        for (int v = lane + 32 * Held; v < num_vectors; v += 32) {
             const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(call.x + row_start + v * VECTOR));
             add_squares(reinterpret_cast<const STORAGE*>(&raw));
         }
@@ -82,15 +83,18 @@ __device__ __forceinline__ int normalise_rows(const Call& call, int first) {
             }
         };
 #pragma unroll
-        for (int i = 0; i < HELD; ++i)
-            if (lane + 32 * i < num_vectors) normalise(lane + 32 * i, reinterpret_cast<const STORAGE*>(&held[r][i]));
+        for (int i = 0; i < Held; ++i)
+            if (lane + 32 * i < num_vectors) normalise(lane + 32 * i, reinterpret_cast<const STORAGE*>(&held[0][i]));
 #pragma unroll 4
-        for (int v = lane + 32 * HELD; v < num_vectors; v += 32) {
+        for (int v = lane + 32 * Held; v < num_vectors; v += 32) {
             const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(call.x + row_start + v * VECTOR));
             normalise(v, reinterpret_cast<const STORAGE*>(&raw));
         }
+#pragma unroll
+        for (int next = 1; next < Rows; ++next)
+#pragma unroll
+            for (int i = 0; i < Held; ++i) held[next - 1][i] = held[next][i];
     }
-    return row.y;
 }
 
 #ifndef RAW
@@ -104,51 +108,83 @@ __device__ __forceinline__ void prepare_past(const Call& call, int item, int row
     const long long scratch_head = static_cast<long long>(head) * call.scratch_capacity;
     const long long part = static_cast<long long>(call.batch) * call.num_kv_heads * call.scratch_capacity * HEAD_DIM;
     constexpr int PAIRS = (HEAD_DIM / 2 + 63) / 64;  // pairs of dims a lane has, two at a time
-    for (int i = first; i < rows; i += step) {
-        const int slot = first_slot + i;
-        if (slot >= past) return;
-        const STORAGE* key = call.k_cache + (cache_head + slot) * HEAD_DIM;
-        __half* target = call.k + (scratch_head + slot) * HEAD_DIM;
-        const int position = __ldcg(call.cached_positions + static_cast<long long>(b) * call.capacity + slot);
-        float2 low[PAIRS], high[PAIRS];
-        float sum_squares = 0.0f;
+    constexpr int AT_ONCE = 4;                       // rows, to wait for them together
+    const int count = min(rows, past - first_slot);
+#pragma unroll 1
+    for (int i = first; i < count; i += AT_ONCE * step) {
+        int position[AT_ONCE];
+        unsigned raw[AT_ONCE][PAIRS][2];
 #pragma unroll
-        for (int p = 0; p < PAIRS; ++p) {
-            const int d = 2 * lane + 64 * p;
-            low[p] = high[p] = make_float2(0.0f, 0.0f);
-            if (d < HEAD_DIM / 2) {
-                low[p] = unpack(*reinterpret_cast<const unsigned*>(key + d), STORAGE());
-                high[p] = unpack(*reinterpret_cast<const unsigned*>(key + d + HEAD_DIM / 2), STORAGE());
-            }
-            sum_squares += low[p].x * low[p].x + low[p].y * low[p].y + high[p].x * high[p].x + high[p].y * high[p].y;
-        }
-        const float rstd = rsqrtf(warp_sum(sum_squares) / HEAD_DIM + call.eps);
+        for (int r = 0; r < AT_ONCE; ++r) {
+            const int slot = first_slot + min(i + r * step, count - 1);
+            position[r] = __ldcg(call.cached_positions + static_cast<long long>(b) * call.capacity + slot);
 #pragma unroll
-        for (int p = 0; p < PAIRS; ++p) {
-            const int d = 2 * lane + 64 * p;
-            if (d >= HEAD_DIM / 2) continue;
-            const float2 w_low = *reinterpret_cast<const float2*>(call.k_norm + d);
-            const float2 w_high = *reinterpret_cast<const float2*>(call.k_norm + d + HEAD_DIM / 2);
-            const uint4 frequency = *reinterpret_cast<const uint4*>(call.frequency + d);
-            float2 a = make_float2(low[p].x * rstd * w_low.x, low[p].y * rstd * w_low.y);
-            float2 c = make_float2(high[p].x * rstd * w_high.x, high[p].y * rstd * w_high.y);
-            rotate(a.x, c.x, position, make_uint2(frequency.x, frequency.y));
-            rotate(a.y, c.y, position, make_uint2(frequency.z, frequency.w));
-            const unsigned a_high = pack(a.x, a.y), c_high = pack(c.x, c.y);
-            *reinterpret_cast<unsigned*>(target + d) = a_high;
-            *reinterpret_cast<unsigned*>(target + d + HEAD_DIM / 2) = c_high;
-            if (PARTS == 2) {
-                *reinterpret_cast<unsigned*>(target + part + d) = pack_rest(a.x, a.y, a_high);
-                *reinterpret_cast<unsigned*>(target + part + d + HEAD_DIM / 2) = pack_rest(c.x, c.y, c_high);
+            for (int p = 0; p < PAIRS; ++p) {
+                const int d = min(2 * lane + 64 * p, HEAD_DIM / 2 - 2);
+                const STORAGE* key = call.k_cache + (cache_head + slot) * HEAD_DIM + d;
+                raw[r][p][0] = __ldcg(reinterpret_cast<const unsigned*>(key));
+                raw[r][p][1] = __ldcg(reinterpret_cast<const unsigned*>(key + HEAD_DIM / 2));
             }
         }
-        if (!STORED_AS_FLOAT16) {
-            for (int d = 2 * lane; d < HEAD_DIM; d += 64) {
-                const float2 v = unpack(*reinterpret_cast<const unsigned*>(call.v_cache + (cache_head + slot) * HEAD_DIM + d),
-                                        STORAGE());
-                *reinterpret_cast<unsigned*>(call.v + (scratch_head + slot) * HEAD_DIM + d) =
-                    pack(v.x * call.v_scale, v.y * call.v_scale);
+#pragma unroll 1
+        for (int slot = first_slot + i; slot < first_slot + min(i + AT_ONCE * step, count); slot += step) {
+            __half* target = call.k + (scratch_head + slot) * HEAD_DIM;
+            float2 low[PAIRS], high[PAIRS];
+            float sum_squares = 0.0f;
+#pragma unroll
+            for (int p = 0; p < PAIRS; ++p) {
+                low[p] = unpack(raw[0][p][0], STORAGE());
+                high[p] = unpack(raw[0][p][1], STORAGE());
+                if (2 * lane + 64 * p < HEAD_DIM / 2)
+                    sum_squares += low[p].x * low[p].x + low[p].y * low[p].y + high[p].x * high[p].x + high[p].y * high[p].y;
             }
+            const float rstd = rsqrtf(warp_sum(sum_squares) / HEAD_DIM + call.eps);
+#pragma unroll
+            for (int p = 0; p < PAIRS; ++p) {
+                const int d = 2 * lane + 64 * p;
+                if (d >= HEAD_DIM / 2) continue;
+                const float2 w_low = *reinterpret_cast<const float2*>(call.k_norm + d);
+                const float2 w_high = *reinterpret_cast<const float2*>(call.k_norm + d + HEAD_DIM / 2);
+                const uint4 frequency = *reinterpret_cast<const uint4*>(call.frequency + d);
+                float2 a = make_float2(low[p].x * rstd * w_low.x, low[p].y * rstd * w_low.y);
+                float2 c = make_float2(high[p].x * rstd * w_high.x, high[p].y * rstd * w_high.y);
+                rotate(a.x, c.x, position[0], make_uint2(frequency.x, frequency.y));
+                rotate(a.y, c.y, position[0], make_uint2(frequency.z, frequency.w));
+                const unsigned a_high = pack(a.x, a.y), c_high = pack(c.x, c.y);
+                *reinterpret_cast<unsigned*>(target + d) = a_high;
+                *reinterpret_cast<unsigned*>(target + d + HEAD_DIM / 2) = c_high;
+                if (PARTS == 2) {
+                    *reinterpret_cast<unsigned*>(target + part + d) = pack_rest(a.x, a.y, a_high);
+                    *reinterpret_cast<unsigned*>(target + part + d + HEAD_DIM / 2) = pack_rest(c.x, c.y, c_high);
+                }
+            }
+#pragma unroll
+            for (int next = 1; next < AT_ONCE; ++next) {
+                position[next - 1] = position[next];
+#pragma unroll
+                for (int p = 0; p < PAIRS; ++p) raw[next - 1][p][0] = raw[next][p][0], raw[next - 1][p][1] = raw[next][p][1];
+            }
+        }
+    }
+    if constexpr (!STORED_AS_FLOAT16) {
+#pragma unroll 1
+        for (int i = first; i < count; i += AT_ONCE * step) {
+            unsigned raw[AT_ONCE][PAIRS * 2];
+            auto each = [&](auto what) {
+#pragma unroll
+                for (int r = 0; r < AT_ONCE; ++r)
+#pragma unroll
+                    for (int p = 0; p < PAIRS * 2; ++p)
+                        if (i + r * step < count && 2 * lane + 64 * p < HEAD_DIM)
+                            what(raw[r][p], static_cast<long long>(first_slot + i + r * step) * HEAD_DIM + 2 * lane + 64 * p);
+            };
+            each([&](unsigned& pair, long long at) {
+                pair = __ldcg(reinterpret_cast<const unsigned*>(call.v_cache + cache_head * HEAD_DIM + at));
+            });
+            each([&](unsigned& pair, long long at) {
+                const float2 v = unpack(pair, STORAGE());
+                *reinterpret_cast<unsigned*>(call.v + scratch_head * HEAD_DIM + at) = pack(v.x * call.v_scale, v.y * call.v_scale);
+            });
         }
     }
 }
@@ -207,7 +243,7 @@ __device__ __forceinline__ void collect_head(float* head, const Values& values, 
 template <typename RotateBlock>
 __device__ __forceinline__ void finish_head(const Call& call, int m, int2 row, int head_idx, Values& values,
                                             RotateBlock rotate_block) {
-    const int b = m / call.seq;
+    const int b = call.batch == 1 ? 0 : m / call.seq;
     const bool is_query = head_idx < call.num_q_heads;
     const bool is_key = !is_query && head_idx < call.num_q_heads + call.num_kv_heads;
     const int kv_head_idx = (head_idx - call.num_q_heads) % call.num_kv_heads;

@@ -35,13 +35,15 @@ project_qkv(const __grid_constant__ Call call)
     const int past_items = call.past_tiles * call.batch * call.num_kv_heads;
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 
+    const Sequence of_first = sequence(call, 0);
     while (true) {
         if (threadIdx.x == 0) taken = atomicAdd(&call.counters[NEXT], 1);
         __syncthreads();
         int item = taken;
         __syncthreads();
         if (item < norm_items) {
-            normalise_rows<1>(call, item * NORM_ROWS + warp);
+            const int m = item * NORM_ROWS + warp;
+            normalise_rows<1, 4>(call, of_first, m, m < num_rows);
             __threadfence();
             __syncthreads();
             if (threadIdx.x == 0) atomicAdd(&call.counters[READY + item * NORM_ROWS / BLOCK_M], 1);

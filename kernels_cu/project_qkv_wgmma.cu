@@ -8,74 +8,71 @@
 // Tensor-core bound; one read of x and Wqkv from memory, tiles re-read from L2.
 #include "gemm_wgmma.cuh"
 
-constexpr int VEC = 2;  // consecutive dims of a thread
+using gemm::VEC;
 #include "project.cuh"
 
-static_assert(HEAD_DIM == 128, "a head is one product's columns");
+static_assert(HEAD_DIM == 128 && BLOCK_N % HEAD_DIM == 0, "a tile holds whole heads");
 
 struct Maps {
     TensorMap hidden;    // [B S, HIDDEN_PARTS H]
     TensorMap qkv_proj;  // [(Hq + 2 Hkv) 128, H]
 };
 
-constexpr int HEADS_A_TILE = BLOCK_N / HEAD_DIM;
 constexpr int PAST_ROWS_A_WARP = 8;
 
-// Normalise rows first to first + Rows, and write down cosines and sines of their positions, once for all heads. A lane
-// has two frequencies.
-template <int Rows>
-__device__ __forceinline__ void prepare_rows(const Call& call, int first, uint4 frequency) {
-    const int lane = threadIdx.x % 32, count = min(Rows, call.batch * call.seq - first);
-    const int positions = normalise_rows<Rows>(call, first);
-#pragma unroll
-    for (int r = 0; r < Rows; ++r) {
-        const int position = __shfl_sync(0xffffffffu, positions, r);
-        float4 two;
-        rotation(position, make_uint2(frequency.x, frequency.y), two.x, two.y);
-        rotation(position, make_uint2(frequency.z, frequency.w), two.z, two.w);
-        if (r < count)
-            *reinterpret_cast<float4*>(call.rotations + static_cast<long long>(first + r) * (HEAD_DIM / 2) + 2 * lane) = two;
-    }
+// Normalise rows, at most Rows of at most 32 Held vectors, and count them as ready.
+template <int Rows, int Held>
+__device__ __forceinline__ void prepare_rows(const Call& call, const Sequence& of_first, int first, int count) {
+    normalise_rows<Rows, Held>(call, of_first, first, count);
     global_to_async();
     __syncwarp();
-    if (lane == 0) add_release(&call.counters[READY + first / gemm::BLOCK_M], count);
+    if (threadIdx.x % 32 == 0) add_release(&call.counters[READY + first / gemm::BLOCK_M], count);
 }
 
-// What the epilogue needs of row m: its description, and a lane's cosines and sines.
-struct Row {
-    int2 described;
-    float4 turns[HALF_BLOCKS];
-
-    __device__ __forceinline__ void load(const Call& call, int m) {
-        const bool inside = m < call.batch * call.seq;
-        described = inside ? __ldcg(call.rows + m) : make_int2(PADDING, 0);
-        const float2* table = call.rotations + static_cast<long long>(m) * (HEAD_DIM / 2);
-#pragma unroll
-        for (int j = 0; j < HALF_BLOCKS; ++j)
-            turns[j] = inside ? __ldcg(reinterpret_cast<const float4*>(table + dim_of(j, 0))) : make_float4(0, 0, 0, 0);
-    }
-};
-
-// One head, and half 0 or 1 of a thread's sums of it, which is row m.
+// One head, and half 0 or 1 of a thread's sums of it.
 template <int Head, int Half>
-__device__ __forceinline__ void finish_sums(const Call& call, const gemm::Sums& sums, int m, const Row& row, int head_idx) {
-    if (head_idx >= call.num_q_heads + 2 * call.num_kv_heads) return;
-    Values values;
+__device__ __forceinline__ void take_sums(const gemm::Sums& sums, float scale, Values& values) {
 #pragma unroll
     for (int j = 0; j < 2 * HALF_BLOCKS; ++j)
 #pragma unroll
-        for (int e = 0; e < 2; ++e) values[j][e] = sums[Head * HEAD_DIM / 2 + 4 * j + 2 * Half + e] * call.qkv_unscale;
-    if (call.qkv_bias != nullptr) {
+        for (int e = 0; e < 2; ++e) values[j][e] = sums[Head * HEAD_DIM / 2 + 4 * j + 2 * Half + e] * scale;
+}
+
+constexpr int HEADS_A_TILE = BLOCK_N / HEAD_DIM;
+
+// What becomes of a thread's sums, rows m and m + 8 of each head. One loop: unrolled, it would not fit the instruction cache.
+__device__ __forceinline__ void finish_sums(const Call& call, const gemm::Sums& sums, int m, const int2 (&rows)[2], int first_head) {
+    float2 turns[HALF_BLOCKS][2];  // cosine and sine, the same for both heads
+#pragma unroll 1
+    for (int piece = 0; piece < 2 * HEADS_A_TILE; ++piece) {
+        const int half = piece / HEADS_A_TILE, head = piece % HEADS_A_TILE, head_idx = first_head + head;
+        const int2 row = half ? rows[1] : rows[0];
+        if (head == 0) {
 #pragma unroll
-        for (int j = 0; j < 2 * HALF_BLOCKS; ++j) {
-            const float2 bias = *reinterpret_cast<const float2*>(call.qkv_bias + head_idx * HEAD_DIM + dim_of(j, 0));
-            values[j][0] += bias.x, values[j][1] += bias.y;
+            for (int j = 0; j < HALF_BLOCKS; ++j) {
+                const uint4 frequency = *reinterpret_cast<const uint4*>(call.frequency + dim_of(j, 0));
+                rotation(row.y, make_uint2(frequency.x, frequency.y), turns[j][0].x, turns[j][0].y);
+                rotation(row.y, make_uint2(frequency.z, frequency.w), turns[j][1].x, turns[j][1].y);
+            }
         }
+        if (head_idx >= call.num_q_heads + 2 * call.num_kv_heads) continue;
+        Values values;
+        if (head == 0 && half == 0) take_sums<0, 0>(sums, call.qkv_unscale, values);
+        else if (head == 0) take_sums<0, 1>(sums, call.qkv_unscale, values);
+        else if (half == 0) take_sums<HEADS_A_TILE - 1, 0>(sums, call.qkv_unscale, values);
+        else take_sums<HEADS_A_TILE - 1, 1>(sums, call.qkv_unscale, values);
+        if (call.qkv_bias != nullptr) {
+#pragma unroll
+            for (int j = 0; j < 2 * HALF_BLOCKS; ++j) {
+                const float2 bias = *reinterpret_cast<const float2*>(call.qkv_bias + head_idx * HEAD_DIM + dim_of(j, 0));
+                values[j][0] += bias.x, values[j][1] += bias.y;
+            }
+        }
+        finish_head(call, m + 8 * half, row, head_idx, values, [&](int j) {
+#pragma unroll
+            for (int e = 0; e < 2; ++e) rotate(values[j][e], values[j + HALF_BLOCKS][e], turns[j][e].x, turns[j][e].y);
+        });
     }
-    finish_head(call, m, row.described, head_idx, values, [&](int j) {
-        rotate(values[j][0], values[j + HALF_BLOCKS][0], row.turns[j].x, row.turns[j].y);
-        rotate(values[j][1], values[j + HALF_BLOCKS][1], row.turns[j].z, row.turns[j].w);
-    });
 }
 
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(gemm::THREADS, 1)
@@ -84,10 +81,9 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
     extern __shared__ __align__(1024) __half smem[];
     __shared__ gemm::Ring ring;
     const int num_rows = call.batch * call.seq;
-    const int m_tiles = (num_rows + gemm::CLUSTER_M - 1) / gemm::CLUSTER_M;
+    const int m_tiles = (num_rows + gemm::CLUSTER_ROWS - 1) / gemm::CLUSTER_ROWS;
     const int past_items = call.past_tiles * (PAST_ROWS / PAST_ROWS_A_WARP) * call.batch * call.num_kv_heads;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x % WARPGROUP / 32, group = threadIdx.x / WARPGROUP - 1;
-    gemm::Cursor at;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x % WARPGROUP / 32;
 
     // Columns of tiles: first those with keys, which need both parts of x.
     const int n_tiles = (call.num_q_heads + 2 * call.num_kv_heads + HEADS_A_TILE - 1) / HEADS_A_TILE;
@@ -100,72 +96,78 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
         else if (place.n >= first_key_tile) place.n += key_tiles;
         return place;
     };
-    auto parts_of = [&](int tile) { return PARTS == 2 || tile < m_tiles * key_tiles ? HIDDEN_PARTS : 1; };
+    auto steps_of = [&](int tile) {
+        return call.hidden_size / gemm::BLOCK_K * (PARTS == 2 || tile < m_tiles * key_tiles ? HIDDEN_PARTS : 1);
+    };
     const int first_tile = blockIdx.x / CLUSTER, tiles_a_round = gridDim.x / CLUSTER;
+
+    const int producer_warp = uniform(threadIdx.x / 32);
 
     if (threadIdx.x == 0) ring.init();
     let_next_kernel_begin();
-    gemm::synchronise();
+    gemm::begin();
+    gemm::Producer producer = {ring, smem};
     int begun = 0;
-    if (threadIdx.x == 0 && first_tile < m_tiles * n_tiles)
-        begun = gemm::begin_weights(ring, smem, &maps.qkv_proj, tile_place(first_tile).n * BLOCK_N, call.hidden_size,
-                                    parts_of(first_tile));
+    if (producer_warp == 0 && first_tile < m_tiles * n_tiles && elected())
+        begun = producer.begin_weights(&maps.qkv_proj, tile_place(first_tile).n * BLOCK_N, call.hidden_size, steps_of(first_tile));
     if (threadIdx.x == 0) prefetch(&maps.hidden);
     wait_for_previous_kernel();
 
-    // Where there are several rows to a warp, each takes some at once, to wait for them together.
+    // A warp takes as many rows as there are to one, to wait for them together. A block's first work is taken at once, a
+    // warp's next before it does what it has.
+    constexpr int MOST_ROWS = 4, NARROW = 4, WIDE = 16;  // rows, vectors of 32 lanes
+    const bool narrow = call.hidden_size <= 32 * VECTOR * NARROW;
     const int num_warps = static_cast<int>(gridDim.x) * (gemm::THREADS / 32);
-    const int rows_a_warp = num_rows <= num_warps ? 1 : num_rows <= 2 * num_warps ? 2 : 4;
+    const int rows_a_warp = !narrow || num_rows <= num_warps ? 1 : num_rows <= 2 * num_warps ? 2 : MOST_ROWS;
     const int row_items = (num_rows + rows_a_warp - 1) / rows_a_warp;
-    const uint4 frequency = *reinterpret_cast<const uint4*>(call.frequency + 2 * lane);
+    const int items = row_items + past_items, share = min(gemm::THREADS / 32, (items - 1) / static_cast<int>(gridDim.x) + 1);
+    __shared__ int first_taken;
+    if (threadIdx.x == 0) first_taken = atomicAdd(&call.counters[NEXT], share);
+    const Sequence of_first = sequence(call, 0);
+    __syncthreads();
+    int next = static_cast<int>(threadIdx.x) / 32 < share ? first_taken + static_cast<int>(threadIdx.x) / 32 : items;
     while (true) {
-        int item = 0;
-        if (lane == 0) item = atomicAdd(&call.counters[NEXT], 1);
-        item = __shfl_sync(0xffffffffu, item, 0);
-        if (item < row_items) {
-            if (rows_a_warp == 1) prepare_rows<1>(call, item, frequency);
-            else if (rows_a_warp == 2) prepare_rows<2>(call, 2 * item, frequency);
-            else prepare_rows<4>(call, 4 * item, frequency);
-        } else if (item < row_items + past_items) {
-            prepare_past(call, item - row_items, PAST_ROWS_A_WARP, 0, 1);
-        } else {
-            break;
-        }
+        const int item = __shfl_sync(0xffffffffu, next, 0);
+        if (item >= items) break;
+        if (lane == 0) next = atomicAdd(&call.counters[NEXT], 1);
+        const int first = item * rows_a_warp;
+        if (item >= row_items) prepare_past(call, item - row_items, PAST_ROWS_A_WARP, 0, 1);
+        else if (narrow) prepare_rows<MOST_ROWS, NARROW>(call, of_first, first, min(rows_a_warp, num_rows - first));
+        else prepare_rows<1, WIDE>(call, of_first, first, 1);
     }
 
-    if (group < 0) {
+    if (producer_warp < WARPGROUP / 32) {
         give_registers<gemm::PRODUCER_REGISTERS>();
-        if (threadIdx.x == 0) {
+        if (producer_warp == 0 && elected()) {
+            for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round, begun = 0)
+                producer.copy_weights(&maps.qkv_proj, tile_place(tile).n * BLOCK_N, call.hidden_size, steps_of(tile), begun);
+        } else if (producer_warp == 1 && elected()) {
             for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round) {
-                const gemm::Place place = tile_place(tile);
-                const int m_tile = place.m * CLUSTER + gemm::rank(), first_m = m_tile * gemm::BLOCK_M;
+                const int m_tile = tile_place(tile).m, first_m = m_tile * gemm::BLOCK_M;
                 const int wanted = min(gemm::BLOCK_M, num_rows - first_m);
                 while (wanted > 0 && load_acquire(call.counters + READY + m_tile) < wanted) __nanosleep(50);
                 global_to_async();
-                gemm::copy(ring, at, smem, &maps.hidden, &maps.qkv_proj, first_m, place.n * BLOCK_N, call.hidden_size,
-                           parts_of(tile), begun);
-                begun = 0;
+                producer.copy_rows(&maps.hidden, first_m, steps_of(tile));
             }
         }
         __syncwarp();
     } else {
         take_registers<gemm::CONSUMER_REGISTERS>();
+        gemm::Consumer consumer(ring, smem);
         for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round) {
             const gemm::Place place = tile_place(tile);
-            const int m = (place.m * CLUSTER + gemm::rank()) * gemm::BLOCK_M + group * 64 + warp * 16 + lane / 4;
-            const int first_head = place.n * HEADS_A_TILE;
+            const int m = place.m * gemm::BLOCK_M + consumer.first_row + warp * 16 + lane / 4;
             gemm::Sums sums;
-            Row row;  // loaded before it is needed: nothing else hides how long that takes
-            gemm::multiply<PARTS == 2>(ring, at, smem, call.hidden_size / gemm::BLOCK_K * parts_of(tile), sums,
-                                       [&] { row.load(call, m); });
-            finish_sums<0, 0>(call, sums, m, row, first_head);
-            if constexpr (HEADS_A_TILE == 2) finish_sums<1, 0>(call, sums, m, row, first_head + 1);
-            row.load(call, m + 8);
-            finish_sums<0, 1>(call, sums, m + 8, row, first_head);
-            if constexpr (HEADS_A_TILE == 2) finish_sums<1, 1>(call, sums, m + 8, row, first_head + 1);
+            int2 rows[2];
+            consumer.multiply<PARTS == 2>(steps_of(tile), sums, [&] {
+#pragma unroll
+                for (int half = 0; half < 2; ++half)
+                    rows[half] = m + 8 * half < num_rows ? __ldcg(call.rows + m + 8 * half) : make_int2(PADDING, 0);
+            });
+            finish_sums(call, sums, m, rows, place.n * HEADS_A_TILE);
         }
     }
-    gemm::synchronise();
+    gemm::end();
 
     if (threadIdx.x == 0) leave_counters(call, m_tiles * CLUSTER);
 }

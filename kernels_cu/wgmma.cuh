@@ -77,11 +77,21 @@ __device__ __forceinline__ void load_tile(void* tile, const TensorMap* map, Barr
                  : "memory");
 }
 
+// As load_tile, of a map whose rows come in another order (tensor_maps.py): row 8 j + 2 q + e of every 32 in the tile is row
+// 8 q + 2 j + e of the tensor's. Then 32 columns of a product give a thread 8 that follow each other: column_of<8>.
+__device__ __forceinline__ void load_quads(void* tile, const TensorMap* map, Barrier* barrier, int column, int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %5, %5, %5, %4}], [%2];" ::"r"(
+            shared_address(tile)),
+        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row / 32), "r"(0)
+        : "memory");
+}
+
 // Clusters: a few blocks that run at the same time and reach into each other's shared memory.
 
 __device__ __forceinline__ int rank_in_cluster() {
     int rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));  // the same whenever it is read
     return rank;
 }
 
@@ -90,21 +100,44 @@ __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Arrive at the barrier that lies at the same place in another block. Reads of shared memory by products that were waited
-// for are over then; to order more than that (.release.cluster) would cost a fence of the whole GPU.
-__device__ __forceinline__ void barrier_arrive_at(Barrier* barrier, int rank) {
-    asm volatile("{\n\t.reg .b32 there;\n\tmapa.shared::cluster.u32 there, %0, %1;\n\t"
-                 "mbarrier.arrive.shared::cluster.b64 _, [there];\n\t}" ::"r"(shared_address(barrier)), "r"(rank)
-                 : "memory");
+// The same where barriers_initialised() is all that others must see: without a fence of the whole GPU.
+__device__ __forceinline__ void cluster_begin() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// As load_tile, to the same place in every block of `mask`, and each one's barrier counts the bytes.
-__device__ __forceinline__ void load_tile_to(unsigned short mask, void* tile, const TensorMap* map, Barrier* barrier, int column,
-                                             int row) {
+// Arrive at a barrier of another block. Reads of shared memory by products that were waited
+// for are over then; to order more than that (.release.cluster) would cost a fence of the whole GPU.
+__device__ __forceinline__ void barrier_arrive_at(unsigned address) {
+    asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
+}
+
+// Where what lies here lies in another block.
+__device__ __forceinline__ unsigned address_in(int rank, const void* here) {
+    unsigned there;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(here)), "r"(rank));
+    return there;
+}
+
+// The same, to the same place in every block of `mask`, and each one's barrier counts the bytes.
+__device__ __forceinline__ void load_quads_to(unsigned short mask, void* tile, const TensorMap* map, Barrier* barrier, int column,
+                                              int row) {
     asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
-        "[%2], %5;" ::"r"(shared_address(tile)), "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "h"(mask)
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], "
+        "[%1, {%3, %6, %6, %6, %4}], [%2], %5;" ::"r"(shared_address(tile)), "l"(map), "r"(shared_address(barrier)), "r"(column),
+        "r"(row / 32), "h"(mask), "r"(0)
         : "memory");
+}
+
+// A value that all lanes of a warp have: told so, ptxas keeps it, and what is computed from it, where copies and products want
+// their operands. A warpgroup alone has no time to move them there.
+__device__ __forceinline__ int uniform(int value) { return __shfl_sync(0xffffffffu, value, 0); }
+
+// Whether this is the one lane that a warp, all of whose lanes are here, lets copy. ptxas knows then that it is alone, and needs
+// no loop over lanes around every copy.
+__device__ __forceinline__ bool elected() {
+    unsigned is_it;
+    asm volatile("{\n\t.reg .pred p;\n\telect.sync _|p, 0xffffffff;\n\tselp.u32 %0, 1, 0, p;\n\t}" : "=r"(is_it));
+    return is_it;
 }
 
 // Registers: take them from the producer's warpgroup and give them to the others.

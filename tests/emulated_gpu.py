@@ -72,18 +72,23 @@ INSTRUCTIONS = (
         "",
     ),
     (
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%3, %4}], [%2], %5;",
-        "ptx_tensor_copy_to_blocks",
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
+        "[%0], [%1, {%3, %5, %5, %5, %4}], [%2];",
+        "ptx_quads_copy",
+        "",
+    ),
+    (
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %6, %6, %6, %4}], [%2], %5;",
+        "ptx_quads_copy_to_blocks",
         "",
     ),
     ("mov.u32 %0, %%cluster_ctarank;", "ptx_cluster_rank", ""),
     ("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
-    (
-        "{ .reg .b32 there; mapa.shared::cluster.u32 there, %0, %1; mbarrier.arrive.shared::cluster.b64 _, [there]; }",
-        "ptx_barrier_arrive_at",
-        "",
-    ),
+    ("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
+    ("mapa.shared::cluster.u32 %0, %1, %2;", "ptx_address_in", ""),
+    ("elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }", "ptx_elect", ""),
+    ("mbarrier.arrive.shared::cluster.b64 _, [%0];", "ptx_barrier_arrive_at", ""),
     ("setmaxnreg.inc.", "ptx_setmaxnreg", ""),
     ("setmaxnreg.dec.", "ptx_setmaxnreg", ""),
     ("wgmma.fence.", "ptx_products_fence", ""),
@@ -279,7 +284,7 @@ def kernel(name: str, macros: Macros):
     source = (kernels.SOURCES / f"{name}.cu").read_text()
     alignment = re.search(r"extern __shared__ __align__\((\d+)\)", source)
     start = RESERVED + (int(alignment[1]) if alignment else 0)
-    cluster = re.search(r"__cluster_dims__\((\w+), 1, 1\)", source)
+    cluster = re.search(r"__cluster_dims__\(([^,]+), 1, 1\)", source)
     has_maps = re.search(r"const __grid_constant__ Maps\b", source) is not None
     arguments = "*call, own" if has_maps else "*call"
     copy_maps = (
@@ -327,11 +332,12 @@ def kernel(name: str, macros: Macros):
 
 
 def encode_tensor_map(
-    address: int, columns: int, rows: int, pitch_bytes: int, box_columns: int, box_rows: int
+    address: int, columns: int, rows: int, pitch_bytes: int, box_columns: int, box_rows: int, by_quads: bool = False
 ) -> np.ndarray:
     """Return what stands for a CUtensorMap of 2-byte elements, 128-byte swizzle: 128 bytes, at a multiple of 64.
 
-    Refuses what ``cuTensorMapEncodeTiled`` would (CUDA driver API), and boxes other than of 64 columns.
+    ``by_quads``: five dimensions, as :func:`cupy_attn.tensor_maps.tensor_map` has them. Refuses what
+    ``cuTensorMapEncodeTiled`` would (CUDA driver API), and boxes other than of 64 columns.
     """
     if address % 16 or pitch_bytes % 16 or not 0 < pitch_bytes < 1 << 40:
         raise ValueError(f"a tensor at {address:#x} with rows {pitch_bytes} bytes apart is not aligned to 16 bytes")
@@ -339,9 +345,11 @@ def encode_tensor_map(
         raise ValueError(f"a tensor of {rows} x {columns} elements")
     if box_columns != 64 or not 0 < box_rows <= 256:
         raise ValueError(f"a box of {box_rows} x {box_columns} elements is not 1 to 256 rows of 64")
+    if by_quads and (rows % 32 or box_rows % 32):
+        raise ValueError(f"a box of {box_rows} of {rows} rows is not of whole 32")
     room = np.zeros(128 + 64, np.uint8)
     encoded = room[-room.ctypes.data % 64 :][:128]
-    encoded[:48].view(np.int64)[:] = address, columns, rows, pitch_bytes, box_columns, box_rows
+    encoded[:56].view(np.int64)[:] = address, columns, rows, pitch_bytes, box_columns, box_rows, by_quads
     return encoded
 
 
@@ -357,9 +365,9 @@ class DeviceArray(np.ndarray):
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
 
-def fake_tensor_map(address: int, columns: int, rows: int, box_rows: int) -> bytes:
+def fake_tensor_map(address: int, columns: int, rows: int, box_rows: int, *, by_quads: bool = False) -> bytes:
     """Stand for :func:`cupy_attn.tensor_maps.tensor_map`."""
-    return encode_tensor_map(address, columns, rows, 2 * columns, 64, box_rows).tobytes()
+    return encode_tensor_map(address, columns, rows, 2 * columns, 64, box_rows, by_quads).tobytes()
 
 
 class _Stream:

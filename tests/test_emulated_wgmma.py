@@ -42,7 +42,7 @@ def launched(cluster, num_sms, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("seq", "cluster"), [(64, 1), (128, 1), (131, 1), (300, 1), (64, 2), (131, 2), (300, 2), (400, 2)]
+    ("seq", "cluster"), [(64, 1), (128, 1), (131, 1), (300, 1), (64, 2), (131, 2), (300, 2), (400, 2), (300, 4)]
 )
 @pytest.mark.parametrize("k_norm_max", [TAME, WILD], ids=["normal", "precise"])
 @pytest.mark.parametrize("dtype", HALVES)
@@ -113,7 +113,7 @@ def test_replays(launched, monkeypatch):
     assert np.isnan(y[0]).all()
 
 
-@pytest.mark.parametrize("cluster", [2])
+@pytest.mark.parametrize("cluster", [2, 4])
 def test_clusters_whichever_block_is_ahead(launched):
     """Rings of several rounds, with an even and an odd number of rows of tiles."""
     layer = make_layer(config_of(4, 2, 128, 576), "float16", TAME)

@@ -288,8 +288,8 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) trial(const __grid_co
             const int i = step % STAGES, count = wrong == NO_EXPECTATION && step == steps - 1 ? 1 : CLUSTER;
             barrier_wait(&empty[i], step / STAGES % 2 ^ 1);
             barrier_expect(&mine[i], count * 32 * 64 * 2);
-            load_tile_to(wrong == NO_SUCH_BLOCK ? 4 : BOTH, smem + i * TILE + rank * 32 * 64, &maps.a, &full[i],
-                         step * 64, rank * 32);
+            load_quads_to(wrong == NO_SUCH_BLOCK ? 4 : BOTH, smem + i * TILE + rank * 32 * 64, &maps.a, &full[i],
+                          step * 64, rank * 32);
         }
     } else if (threadIdx.x < 64) {
         const int row = threadIdx.x, lane = threadIdx.x % 32;
@@ -300,7 +300,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) trial(const __grid_co
             for (int k = 0; k < 64; ++k) sum += (step + 1) * __half2float(smem[i * TILE + row * 64 + k]);
             __syncwarp();
             if (lane < CLUSTER && (lane == rank || (wrong != OWN_ARRIVALS && (wrong != NO_ARRIVAL || step != 1))))
-                barrier_arrive_at(&empty[i], wrong == NO_SUCH_RANK ? lane + 1 : lane);
+                barrier_arrive_at(address_in(wrong == NO_SUCH_RANK ? lane + 1 : lane, &empty[i]));
         }
         call.partial[blockIdx.x * 64 + row] = sum + blocks;
     }
@@ -315,14 +315,14 @@ def cluster_trial(tmp_path_factory):
     kernel = compiled(tmp_path_factory.mktemp("kernels"), CLUSTER_KERNEL)
     a = np.random.default_rng(0).integers(-8, 8, (64, K_SIZE)).astype(np.float16)
     steps = np.arange(K_SIZE) // 64 + 1
-    exact = a.astype(np.float32) @ steps + 128 * np.arange(4)[:, None]
+    order = np.arange(64).reshape(2, 4, 4, 2).swapaxes(1, 2).ravel()  # of rows [.., q, j, e] as [.., j, q, e]
+    exact = a[order].astype(np.float32) @ steps + 128 * np.arange(4)[:, None]
 
     def run(wrong, seed=0, grid=4):
         call, out = np.zeros(1, ca.cuda.CALL), np.full(exact.shape, np.nan, np.float32)
         call["partial"], call["hidden_size"], call["window"] = out.ctypes.data, K_SIZE, wrong
-        kernel(
-            grid, 128, 16384, seed, call, emulated_gpu.encode_tensor_map(a.ctypes.data, K_SIZE, 64, 2 * K_SIZE, 64, 32)
-        )
+        rows = emulated_gpu.encode_tensor_map(a.ctypes.data, K_SIZE, 64, 2 * K_SIZE, 64, 32, by_quads=True)
+        kernel(grid, 128, 16384, seed, call, rows)
         return np.array_equal(out, exact)
 
     return run
@@ -340,7 +340,7 @@ CLUSTER_MISUSES = (
     (NO_LAST_SYNC, 10, "an arrival at a barrier of a block that has ended"),
     (NO_EXPECTATION, 40, "more bytes were copied than a barrier expects|the block ended before a tensor copy"),
     (NO_SUCH_BLOCK, 40, "a copy to blocks that are not of the cluster"),
-    (NO_SUCH_RANK, 40, "an arrival at a block that is not of the cluster"),
+    (NO_SUCH_RANK, 40, "an address in a block that is not of the cluster"),
     (EARLY_END, 40, "a copy to a block that has ended|the block ended (before a tensor|where more bytes were) cop"),
 )
 
@@ -368,6 +368,9 @@ def test_what_is_no_tensor_map():
                   (16, 64, 64, 128, 32, 64), (16, 64, 64, 128, 64, 257)):  # fmt: skip
         with pytest.raises(ValueError, match=r"a (tensor|box)"):
             emulated_gpu.encode_tensor_map(*wrong)
+    for rows, box_rows in ((72, 32), (64, 48)):
+        with pytest.raises(ValueError, match="not of whole 32"):
+            emulated_gpu.encode_tensor_map(16, 64, rows, 128, 64, box_rows, by_quads=True)
 
 
 PRODUCT = """#define PAIR(x, i) "+f"(x[i]), "+f"(x[i + 1])

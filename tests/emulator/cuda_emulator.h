@@ -39,8 +39,9 @@ constexpr int LANES = 32, STACK_BYTES = 1 << 17, MOST_SHARED = 232448;
 constexpr int GROUP_WARPS = 4, GROUP_LANES = GROUP_WARPS * LANES;
 constexpr int IDLE_ROUNDS = 1000;  // in a row, in which threads only look and sleep, until none is thought to go on
 constexpr int NAMED_BARRIERS = 16;
+constexpr int RANK_BITS = 24;  // of a shared address, below its block's rank
 constexpr int MOST_VARIABLES = 48 << 10, MOST_BLOCKS = 8;  // bytes of __shared__ variables; of a cluster
-constexpr unsigned STATIC_START = 1u << 30;  // addresses of __shared__ variables; far from the dynamic memory's
+constexpr unsigned STATIC_START = 1u << 23;  // addresses of __shared__ variables; far from the dynamic memory's
 enum State { READY, AT_WARP, AT_WARPGROUP, AT_BLOCK, AT_CLUSTER, AT_NAMED, AT_BARRIER, DONE };
 
 struct Block;
@@ -87,7 +88,7 @@ struct NamedBarrier {
 
 // What a tensor map holds here; emulated_gpu.py writes it.
 struct Map {
-    long long address, columns, rows, pitch, box_columns, box_rows;
+    long long address, columns, rows, pitch, box_columns, box_rows, by_quads;
 };
 
 struct TensorCopy {
@@ -305,7 +306,7 @@ inline void land_tensor_copy(bool must) {
     const Map& map = copy.map;
     const long long first = std::max(0, -copy.column), end = std::min(map.box_columns, map.columns - copy.column);
     for (int r = 0; r < map.box_rows; ++r) {
-        const long long row = static_cast<long long>(copy.row) + r;
+        const long long row = copy.row + (map.by_quads ? r / 32 * 32 + r / 2 % 4 * 8 + r / 8 % 4 * 2 + r % 2 : r);
         char line[128] = {};
         if (row >= 0 && row < map.rows && first < end)
             std::memcpy(line + 2 * first,
@@ -754,10 +755,24 @@ inline void ptx_barrier_expect(unsigned address, int bytes) {
 
 inline void ptx_barrier_arrive(unsigned address) { ptx_barrier_expect(address, 0); }
 
-// The same of the barrier at the same place in another block.
-inline void ptx_barrier_arrive_at(unsigned address, int rank) {
+inline void ptx_elect(unsigned& is_it) {
+    emulator::together("elect.sync", nullptr, [](void**) {});
+    is_it = emulator::current->lane == 0;
+}
+
+// Addresses in other blocks.
+inline void ptx_address_in(unsigned& there, unsigned here, int rank) {
     using namespace emulator;
-    if (rank < 0 || rank >= num_blocks) fail("an arrival at a block that is not of the cluster");
+    if (rank < 0 || rank >= num_blocks) fail("an address in a block that is not of the cluster");
+    there = here | static_cast<unsigned>(rank) << RANK_BITS;
+}
+
+// The same of a barrier in any block.
+inline void ptx_barrier_arrive_at(unsigned there) {
+    using namespace emulator;
+    const int rank = there >> RANK_BITS;
+    const unsigned address = there & ((1u << RANK_BITS) - 1);
+    if (rank >= num_blocks) fail("an arrival at a block that is not of the cluster");
     if (!blocks[rank].alive) fail("an arrival at a barrier of a block that has ended");
     block = &blocks[rank];
     ptx_barrier_arrive(address);
@@ -807,12 +822,13 @@ inline void named_barrier(const char* what, int id, int count, bool waits) {
 inline void ptx_bar_sync(int id, int count) { named_barrier("bar.sync", id, count, true); }
 inline void ptx_bar_arrive(int id, int count) { named_barrier("bar.arrive", id, count, false); }
 
-inline void tensor_copy_to(int rank, unsigned to, const void* map, unsigned barrier, int column, int row) {
+inline void tensor_copy_to(int rank, unsigned to, const void* map, unsigned barrier, int column, int row, bool by_quads) {
     using namespace emulator;
     if (!blocks[rank].alive) fail("a copy to a block that has ended");
     constexpr unsigned TURNS[] = {1, 64, 4096, 4096};
     TensorCopy copy = {&blocks[rank], nullptr, {}, barrier, column, row, current, TURNS[random_bits() % 4]};
     std::memcpy(&copy.map, map, sizeof copy.map);
+    if (copy.map.by_quads != by_quads) fail("a tensor map of another number of dimensions");
     if (copy.map.box_columns != 64 || copy.map.box_rows < 1 || copy.map.box_rows > 256) fail("not a tensor map");
     if (to % 1024) fail("a tile that does not begin at a multiple of 1024 bytes");
     copy.to = copy.block->memory + (shared(to, 128) - block->memory);
@@ -820,21 +836,28 @@ inline void tensor_copy_to(int rank, unsigned to, const void* map, unsigned barr
     tensor_copies.push_back(copy);
 }
 
-inline void ptx_tensor_copy(unsigned to, const void* map, unsigned barrier, int column, int row) {
+inline void ptx_tensor_copy(unsigned to, const void* map, unsigned barrier, int column, int row, bool by_quads = false) {
     using namespace emulator;
     if (reinterpret_cast<uintptr_t>(map) % 64) fail("a misaligned tensor map");
     barrier_at(barrier);
-    tensor_copy_to(block->rank, to, map, barrier, column, row);
+    tensor_copy_to(block->rank, to, map, barrier, column, row, by_quads);
 }
 
-// To the same place in every block of the mask; another's barrier is looked for once the copy lands.
-inline void ptx_tensor_copy_to_blocks(unsigned to, const void* map, unsigned barrier, int column, int row,
-                                      unsigned mask) {
+// Of five dimensions: rows come in the order of column_of<8>, 32 by 32.
+inline void ptx_quads_copy(unsigned to, const void* map, unsigned barrier, int column, int rows_32, int zero) {
+    if (zero) emulator::fail("a copy that begins within 32 rows");
+    ptx_tensor_copy(to, map, barrier, column, 32 * rows_32, true);
+}
+
+// The same to the same place in every block of the mask; another's barrier is looked for once the copy lands.
+inline void ptx_quads_copy_to_blocks(unsigned to, const void* map, unsigned barrier, int column, int rows_32,
+                                     unsigned mask, int zero) {
     using namespace emulator;
+    if (zero) fail("a copy that begins within 32 rows");
     if (reinterpret_cast<uintptr_t>(map) % 64) fail("a misaligned tensor map");
     if (!mask || mask >> num_blocks) fail("a copy to blocks that are not of the cluster");
     for (int rank = 0; rank < num_blocks; ++rank)
-        if (mask >> rank & 1) tensor_copy_to(rank, to, map, barrier, column, row);
+        if (mask >> rank & 1) tensor_copy_to(rank, to, map, barrier, column, 32 * rows_32, true);
 }
 
 // Clusters: warps come to their barrier whole, and all of all blocks.
