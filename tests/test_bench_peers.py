@@ -361,3 +361,20 @@ def test_pytorch_beside_ours_on_a_gpu(kind, dtype):
         row = bench_peers.measure(Case(kind, "0.6B", 2, 100), dtype, builders, LIMITS)
     assert row["missing"] == {}
     assert min(row["torch_eager_us"], row["ours_us"]) > row["floor_us"]
+
+
+def test_traffic_is_what_goes_beyond_a_mere_reading(monkeypatch):
+    moved = {"read": (100e6, 210e6), "ours": (101e6, 215e6), "cupy": (104e6, 240e6), "separate": (102e6, 220e6)}
+
+    def traffic(case, what, layers, dtype):
+        dram, l2 = moved[what]
+        return {"kind": case.kind, "model": case.model, "batch": 1, "tokens": 8, "what": what, "layers": layers,
+                "kernels": 3.0, "dram_bytes": dram, "l2_bytes": l2, "minimum_bytes": 99e6}  # fmt: skip
+
+    monkeypatch.setattr(bench_stack, "traffic", traffic)
+    rows = bench_stack.traffic_rows(bench_stack.Case.parse("decode", "0.6B:1:8"), 2)
+    assert [row["what"] for row in rows] == list(moved)
+    assert [row.get("dram_bytes_beyond") for row in rows] == [None, 1e6, 4e6, 2e6]
+    lines = bench_stack.traffic_table(rows).splitlines()
+    assert lines[2] == "| decode 0.6B, 1, 8 | reading | 3.0 | 100.00 |  | 210.00 |  | 99.00 |"
+    assert lines[3] == "| decode 0.6B, 1, 8 | ours | 3.0 | 101.00 | 1.00 | 215.00 | 5.00 | 99.00 |"

@@ -30,6 +30,7 @@ from stacks import (
     BASELINES,
     STACKS,
     Case,
+    Reads,
     ceilings,
     check_drawing,
     check_gpu,
@@ -48,6 +49,8 @@ TRAFFIC = {"prefill": ("0.6B:1:512", "0.6B:1:2048"), "decode": ("0.6B:1:1024",)}
 
 METRICS = {"dram__bytes.sum": "dram_bytes", "lts__t_bytes.sum": "l2_bytes"}
 NCU_LIMIT_S = 300
+PROFILED: dict[str, Any] = {**STACKS, "read": Reads}
+PASSES = 3  # that ncu watches: what stays in L2 differs from one to the next
 UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12}
 
 
@@ -97,16 +100,16 @@ def table(kind: str, rows: list[dict[str, Any]], limits: dict[str, float]) -> st
 
 
 def profile(case: Case, dtype: str, what: str, layers: int) -> None:
-    """Run a stack once to warm up and once between cudaProfilerStart and cudaProfilerStop."""
-    stack = STACKS[what](case, dtype, layers)
-    for watched in (False, True):
+    """Run a stack once to warm up and ``PASSES`` times between cudaProfilerStart and cudaProfilerStop."""
+    stack = PROFILED[what](case, dtype, layers)
+    for watched in range(1 + PASSES):
         stack.rewind()
         cupy.cuda.get_current_stream().synchronize()
         if watched:
             cupy.cuda.profiler.start()
         stack.run()
         cupy.cuda.get_current_stream().synchronize()
-    cupy.cuda.profiler.stop()
+        cupy.cuda.profiler.stop()
     stack.check()
 
 
@@ -146,7 +149,7 @@ def parse_ncu(text: str) -> dict[str, float]:
 def traffic(case: Case, what: str, layers: int, dtype: str = "float16") -> dict[str, Any]:
     """Return what one layer of a stack moves: bytes to and from memory and through L2, kernels, and the minimum.
 
-    Runs this file under ncu, whose counters many machines keep to root.
+    Runs this file under ncu, whose counters many machines keep to root. ``what``: one of ``PROFILED``.
     """
     ncu = cuda_tool("ncu")
     if ncu is None:
@@ -163,20 +166,35 @@ def traffic(case: Case, what: str, layers: int, dtype: str = "float16") -> dict[
         sums = parse_ncu(done.stdout)
     except ValueError as error:
         raise SystemExit(f"ncu, {what}, {case.kind} {case.text}: {error}") from None
-    per_layer = {name: value / layers for name, value in sums.items()}
+    per_layer = {name: value / layers / PASSES for name, value in sums.items()}
     return {**dataclasses.asdict(case), "what": what, "layers": layers, **per_layer,
-            "minimum_bytes": case.minimum_bytes, "beyond_weights_and_cache": per_layer["dram_bytes"] - case.bytes_moved,
-            }  # fmt: skip
+            "minimum_bytes": case.minimum_bytes}  # fmt: skip
+
+
+def traffic_rows(case: Case, layers: int, dtype: str = "float16") -> list[dict[str, Any]]:
+    """Return :func:`traffic` of every stack, and what that is beyond a mere reading of weights and cache.
+
+    Counters tell of more than was asked for: L2 counts what comes from memory and what goes to a multiprocessor, some
+    of it twice on its way between its halves, and a kernel's instructions come from memory too. So reading is measured.
+    """
+    read = traffic(case, "read", layers, dtype)
+    rows = [traffic(case, name, layers, dtype) for name in stack_names(dtype)]
+    for row in rows:
+        row |= {f"{name}_beyond": row[name] - read[name] for name in METRICS.values()}
+    return [read, *rows]
 
 
 def traffic_table(rows: list[dict[str, Any]]) -> str:
     """Return what layers move as Markdown, in MB."""
-    head = ("case", "what", "kernels a layer", "memory MB", "less weights and cache", "L2 MB", "minimum MB")
+    head = ("case", "what", "kernels a layer", "memory MB", "beyond reading weights and cache", "L2 MB",
+            "beyond reading weights and cache", "minimum MB")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in rows:
-        sizes = (r["dram_bytes"], r["beyond_weights_and_cache"], r["l2_bytes"], r["minimum_bytes"])
-        cells = (f"{r['kind']} {r['model']}, {r['batch']}, {r['tokens']}", r["what"], f"{r['kernels']:.1f}",
-                 *(f"{size / 1e6:.2f}" for size in sizes))  # fmt: skip
+        names = ("dram_bytes", "dram_bytes_beyond", "l2_bytes", "l2_bytes_beyond", "minimum_bytes")
+        sizes = [r.get(name) for name in names]
+        cells = (f"{r['kind']} {r['model']}, {r['batch']}, {r['tokens']}",
+                 "reading" if r["what"] == "read" else r["what"], f"{r['kernels']:.1f}",
+                 *("" if size is None else f"{size / 1e6:.2f}" for size in sizes))  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -192,7 +210,7 @@ def traffic_table(rows: list[dict[str, Any]]) -> str:
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw decode's times and prefill's rates as a PNG.")
 @click.option("--traffic", "show_traffic", is_flag=True, help="Print the bytes that layers move instead of times.")
 @click.option("--profile", "profiled", metavar="MODEL:BATCH:TOKENS", help="Run one case for ncu; needs a kind.")
-@click.option("--what", type=click.Choice(list(STACKS)), default="ours", show_default=True, help="With --profile.")
+@click.option("--what", type=click.Choice(list(PROFILED)), default="ours", show_default=True, help="With --profile.")
 @click.option("--layers", type=click.IntRange(min=1), help="With --profile and --traffic; default: 256 MiB.")
 def main(
     kinds: str | None, cases: tuple[str, ...], dtype: str, baseline: bool, replays: int, json_file: Path | None,
@@ -219,9 +237,7 @@ def main(
     click.echo(f"{info['gpu']}, driver {info['driver']}, CUDA runtime {info['cuda_runtime']}, CuPy {info['cupy']}, "
                f"{dtype}.\n")  # fmt: skip
     if show_traffic:
-        report["traffic"] = [
-            traffic(case, name, layers or case.layers, dtype) for case in wanted for name in stack_names(dtype)
-        ]
+        report["traffic"] = [row for case in wanted for row in traffic_rows(case, layers or case.layers, dtype)]
         click.echo(traffic_table(report["traffic"]))
     else:
         with cupy.cuda.Stream(non_blocking=True):

@@ -275,6 +275,36 @@ class CupyOps(Separate):
 
 
 STACKS: dict[str, type[Stack]] = {"ours": Ours, "cupy": CupyOps, "separate": Separate}
+
+
+def read_all(data: Any, out: Any, blocks: int = 8, threads: int = 512) -> None:
+    """Read an array, with so many blocks a multiprocessor, and leave something of it in ``out`` [1], uint32."""
+    processors = cupy.cuda.Device().attributes["MultiProcessorCount"]
+    kernel("read_all")((blocks * processors,), (threads,), (data, np.int64(data.nbytes // 16), out))
+
+
+class Reads:
+    """As many arrays as a stack has layers, each as large as a layer's weights and cache, which are read and no more.
+
+    What :func:`bench_stack.traffic_rows` compares stacks with.
+    """
+
+    def __init__(self, case: Case, dtype: str, layers: int) -> None:
+        self._data = [noise(dtype, (case.bytes_moved // 16 * 8,), i) for i in range(layers)]
+        self._out = cupy.zeros(1, np.uint32)
+
+    def rewind(self) -> None:
+        """Nothing has grown."""
+
+    def run(self) -> None:
+        """Read all of them."""
+        for data in self._data:
+            read_all(data, self._out)
+
+    def check(self) -> None:
+        """There is no result."""
+
+
 # Labels of both axes of a plot, and what is drawn of a row and a time of it.
 AXES: dict[str, tuple[str, str, Callable[[Mapping[str, Any], float], float]]] = {
     "decode": ("context (tokens)", "µs a layer", lambda row, us: us),
@@ -356,14 +386,8 @@ def ceilings(dtype: str) -> dict[str, float]:
     """Measure what the GPU can do: reading and copying 2 GiB, an 8192^3 product, on random data."""
     data = noise(dtype, (1 << 30,), 0)
     out, copied = cupy.zeros(1, np.uint32), cupy.empty_like(data)
-    processors = cupy.cuda.Device().attributes["MultiProcessorCount"]
-    count = np.int64(data.nbytes // 16)
-
-    def read(blocks: int, threads: int) -> None:
-        kernel("read_all")((blocks * processors,), (threads,), (data, count, out))
-
     grids = itertools.product((2, 4, 8, 16, 32), (256, 512))
-    read_us = min(median_us(functools.partial(read, *grid)) for grid in grids)
+    read_us = min(median_us(functools.partial(read_all, data, out, *grid)) for grid in grids)
     copy_us = median_us(lambda: copied.data.copy_from_device_async(data.data, data.nbytes))
     x, w, y = (a[: 8192 * 8192].reshape(8192, 8192) for a in (data, data[1 << 27 :], copied))
     blas = Cublas(storage_dtype(dtype))
