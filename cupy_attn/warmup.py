@@ -40,8 +40,8 @@ class Result:
     error: str | None = None
 
 
-# What converting norm weights to a 16-bit dtype can change of the product of two: bfloat16's rounding, twice.
-ROUNDING = 2.0**-8
+# What converting norm weights to a 16-bit dtype can change of the product of two: bfloat16's rounding, 2^-8, twice.
+ROUNDING = 2.0**-7 + 2.0**-16
 
 
 def needed(

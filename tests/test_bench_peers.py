@@ -376,5 +376,5 @@ def test_traffic_is_what_goes_beyond_a_mere_reading(monkeypatch):
     assert [row["what"] for row in rows] == list(moved)
     assert [row.get("dram_bytes_beyond") for row in rows] == [None, 1e6, 4e6, 2e6]
     lines = bench_stack.traffic_table(rows).splitlines()
-    assert lines[2] == "| decode 0.6B, 1, 8 | reading | 3.0 | 100.00 |  | 210.00 |  | 99.00 |"
+    assert lines[2] == "| decode 0.6B, 1, 8 | reading weights and cache | 3.0 | 100.00 |  | 210.00 |  | 99.00 |"
     assert lines[3] == "| decode 0.6B, 1, 8 | ours | 3.0 | 101.00 | 1.00 | 215.00 | 5.00 | 99.00 |"

@@ -124,6 +124,14 @@ def test_layers_with_a_window_need_kernels_of_their_own(small_kernels):
     assert {u for _, u in uses(warmup.needed(config, norms[2:], [FLOAT16]))} == {"all", "precise windowed"}
 
 
+def test_both_paths_are_listed_where_rounding_both_weights_decides(small_kernels):
+    config = make_config(head_dim=128)
+    q, k = (np.full(128, 0.1, np.float32) for _ in range(2))
+    q[3], k[3] = 2.399746705773435, 4.141478897296668  # product 9.94, in bfloat16 10.001
+    pairs = warmup.needed(config, [(0, q, k)], [BFLOAT16])
+    assert {use for _, use in uses(pairs)} == {"all", "normal", "precise"}
+
+
 def test_the_published_models_need_kernels_on_both_paths_and_the_common_ones_are_16_bit(small_kernels):
     every = {(t, use) for t in kernels.CUDA_NAMES.values() for use in ("all", "normal", "precise")}
     assert uses(warmup.published()) == every

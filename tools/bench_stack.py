@@ -186,14 +186,14 @@ def traffic_rows(case: Case, layers: int, dtype: str = "float16") -> list[dict[s
 
 def traffic_table(rows: list[dict[str, Any]]) -> str:
     """Return what layers move as Markdown, in MB."""
-    head = ("case", "what", "kernels a layer", "memory MB", "beyond reading weights and cache", "L2 MB",
-            "beyond reading weights and cache", "minimum MB")  # fmt: skip
+    head = ("case", "what", "kernels a layer", "memory MB", "memory, beyond reading", "L2 MB", "L2, beyond reading",
+            "minimum MB")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in rows:
         names = ("dram_bytes", "dram_bytes_beyond", "l2_bytes", "l2_bytes_beyond", "minimum_bytes")
         sizes = [r.get(name) for name in names]
         cells = (f"{r['kind']} {r['model']}, {r['batch']}, {r['tokens']}",
-                 "reading" if r["what"] == "read" else r["what"], f"{r['kernels']:.1f}",
+                 "reading weights and cache" if r["what"] == "read" else r["what"], f"{r['kernels']:.1f}",
                  *("" if size is None else f"{size / 1e6:.2f}" for size in sizes))  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

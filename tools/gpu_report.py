@@ -120,9 +120,10 @@ class Small:
     """A small run: ``calls`` are the new tokens of each call on one cache.
 
     512 columns are 8 steps of a product, more than there are buffers for. 130 tokens are several tiles of rows and of
-    keys. With ``few_sms`` the kernels are launched for a GPU of two multiprocessors: they take the large tiles of long
-    prompts, and one block of a decode goes through many tiles of keys. ``heads`` are query and KV heads; in decode 16
-    query heads of one KV head are two tiles. On an H200 the runs take every specialisation of the published models.
+    keys. With ``num_sms`` the kernels are launched as for a GPU of so many multiprocessors: they take the tiles of long
+    prompts, and one block goes through many of them. ``portable``: as for a GPU before Hopper. ``heads`` are query and
+    KV heads; in decode 16 query heads of one KV head are two tiles. On a Hopper GPU the runs take every specialisation
+    that an import builds (test_gpu_report.py).
     """
 
     dtype: str
@@ -130,7 +131,8 @@ class Small:
     batch: int = 1
     calls: tuple[int, ...] = (130, 20, 1, 1)
     heads: tuple[int, int] = (4, 2)
-    few_sms: bool = False
+    num_sms: int | None = None
+    portable: bool = False
     window: int | None = None
     stages: bool = False
 
@@ -147,9 +149,13 @@ def small_runs() -> list[Small]:
     crossed = both[0], both[3]
     return [
         *(Small(*kind) for kind in both),  # prefill, chunked prefill, decode of few sequences
-        *(Small(*kind, batch=12, calls=(70, 1), few_sms=True) for kind in both),  # decode of many
+        *(Small(*kind, batch=12, calls=(70, 1), num_sms=2) for kind in both),  # decode of many
         *(Small(*kind, batch=12, calls=(20, 1), heads=(16, 1)) for kind in both),
-        *(Small(*kind, calls=(70, 1), window=SMALL_WINDOW) for kind in crossed),
+        *(Small(*kind, batch=2, calls=(130, 130, 1), num_sms=2) for kind in both),  # from tile to tile, after a past
+        *(Small(dtype, False, batch=12, calls=(70, 1), num_sms=2, portable=True) for dtype in DTYPES),
+        *(Small(dtype, False, calls=(130, 1), num_sms=8) for dtype in DTYPES),
+        *(Small(dtype, False, calls=(1, 1), num_sms=16) for dtype in DTYPES),
+        *(Small(*kind, calls=(70, 130, 1), window=SMALL_WINDOW) for kind in crossed),
         *(Small(*kind, calls=(70, 20), stages=True) for kind in crossed),
     ]
 
@@ -172,8 +178,10 @@ def run_small(run: Small) -> tuple[float, set[str]]:
     layer = ca.Attention(config, weights, run.dtype, "cuda")
     assert layer.precise == run.precise
     backend: Any = layer._backend
-    if run.few_sms:
-        backend._limits = dataclasses.replace(backend._limits, num_sms=2)
+    if run.num_sms is not None:
+        backend._limits = dataclasses.replace(backend._limits, num_sms=run.num_sms)
+    if run.portable:
+        backend._limits = dataclasses.replace(backend._limits, wgmma=False)
     x = rng.standard_normal((run.batch, sum(run.calls), config.hidden_size), np.float32).astype(layer.dtype)
     exact, expected = reference.forward(config, layer.weights, x, residual=x)
     cache = layer.new_cache(run.batch, x.shape[1])
