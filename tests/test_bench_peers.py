@@ -13,6 +13,7 @@ import click
 import gpu_report
 import numpy as np
 import pytest
+import small_case
 import stacks
 from bench_peers import LABELS, chosen_cases, markdown, run_cases
 from click.testing import CliRunner
@@ -219,7 +220,7 @@ def test_another_file_is_no_earlier_run(tmp_path, held, says):
 @pytest.mark.parametrize(
     ("tool", "options"),
     [(bench_peers, []), (bench_stack, []), (bench_stack, ["--profile", "0.6B:1:8", "--decode"]), (gpu_report, []),
-     (gpu_report, ["--small"])],
+     (small_case, [])],
 )  # fmt: skip
 def test_without_a_gpu_a_tool_says_so_in_one_sentence(monkeypatch, tool, options, problem, said):
     monkeypatch.setattr(stacks.cuda, "problem", lambda: problem)
@@ -369,12 +370,13 @@ def test_traffic_is_what_goes_beyond_a_mere_reading(monkeypatch):
     def traffic(case, what, layers, dtype):
         dram, l2 = moved[what]
         return {"kind": case.kind, "model": case.model, "batch": 1, "tokens": 8, "what": what, "layers": layers,
-                "kernels": 3.0, "dram_bytes": dram, "l2_bytes": l2, "minimum_bytes": 99e6}  # fmt: skip
+                "kernels": 3.0, "dram_bytes": dram, "l2_bytes": l2, "minimum_bytes": 99e6,
+                "beyond_weights_and_cache": dram - 98e6}  # fmt: skip
 
     monkeypatch.setattr(bench_stack, "traffic", traffic)
     rows = bench_stack.traffic_rows(bench_stack.Case.parse("decode", "0.6B:1:8"), 2)
     assert [row["what"] for row in rows] == list(moved)
     assert [row.get("dram_bytes_beyond") for row in rows] == [None, 1e6, 4e6, 2e6]
     lines = bench_stack.traffic_table(rows).splitlines()
-    assert lines[2] == "| decode 0.6B, 1, 8 | reading weights and cache | 3.0 | 100.00 |  | 210.00 |  | 99.00 |"
-    assert lines[3] == "| decode 0.6B, 1, 8 | ours | 3.0 | 101.00 | 1.00 | 215.00 | 5.00 | 99.00 |"
+    assert lines[2] == "| decode 0.6B, 1, 8 | reading weights and cache | 3.0 | 100.00 | 2.00 |  | 210.00 |  | 99.00 |"
+    assert lines[3] == "| decode 0.6B, 1, 8 | ours | 3.0 | 101.00 | 3.00 | 1.00 | 215.00 | 5.00 | 99.00 |"

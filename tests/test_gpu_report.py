@@ -1,45 +1,73 @@
-"""What tools/gpu_report.py runs under compute-sanitizer, without a GPU."""
+"""tools/gpu_report.py and what it runs under compute-sanitizer, without a GPU."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("cupy")
 
+import emulated_gpu
 import gpu_report
+import small_case
 
 import cupy_attn as ca
 from cupy_attn import cuda, launch, warmup, wgmma
+from cupy_attn.launch import Launch
+
+RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
 
-def specialisations(run: gpu_report.Small) -> set[tuple]:
-    """Return the kernels that a run launches on a Hopper GPU."""
-    raw = gpu_report.SMALL | dict(zip(("num_attention_heads", "num_key_value_heads"), run.heads, strict=True))
+def launches_of(run: small_case.Small) -> list[Launch]:
+    """Return what a run launches on a Hopper GPU."""
+    raw = small_case.SMALL | dict(zip(("num_attention_heads", "num_key_value_heads"), run.heads, strict=True))
     config = ca.AttentionConfig.from_dict(raw)
     limits = dataclasses.replace(cuda.H200, num_sms=run.num_sms or cuda.H200.num_sms, wgmma=not run.portable)
     shape = launch.Shape(run.dtype, config.head_dim, run.precise, run.window is not None, float32_angles=False)
-    found, past = set(), 0
+    found, past = [], 0
     for seq in run.calls:
         if seq == 1:
-            launches = launch.decode(config, shape, limits, run.batch)
+            found += launch.decode(config, shape, limits, run.batch)
         else:
-            launches = wgmma.prefill(config, shape, limits, run.batch, seq, collect=run.stages,
-                                     past_tiles=-(-past // launch.PAST_ROWS))  # fmt: skip
-        found |= {(one.name, one.macros) for one in launches}
+            found += wgmma.prefill(config, shape, limits, run.batch, seq, collect=run.stages,
+                                   past_tiles=-(-past // launch.PAST_ROWS))  # fmt: skip
         past += seq
     return found
 
 
 def test_the_small_case_takes_every_kernel_that_an_import_builds():
-    found = set().union(*map(specialisations, gpu_report.small_runs()))
+    found = {(one.name, one.macros) for run in small_case.small_runs() for one in launches_of(run)}
     assert not set(warmup.common()) - found
     windowed = {name for name, macros in found if dict(macros).get("WINDOW")}
     assert windowed == {"attend_prefill", "attend_wgmma", "attend_decode"}
 
 
-def test_a_small_run_lets_blocks_of_attention_go_from_tile_to_tile_after_a_past():
-    run = next(run for run in gpu_report.small_runs() if run.batch == 2)
-    assert (run.calls[:2], run.num_sms) == ((130, 130), 2)
-    assert 2 * 4 * run.batch > 2  # tiles of queries, heads
+def test_small_runs_let_blocks_of_attention_go_from_tile_to_tile_after_a_past():
+    several = []
+    for run in small_case.small_runs():
+        grids = [one.grid for one in launches_of(run) if one.name == "attend_wgmma"]
+        tiles = [-(-seq // wgmma.BLOCK_M) * run.heads[0] * run.batch for seq in run.calls if seq >= wgmma.LEAST_QUERIES]
+        several += [(run.dtype, run.precise) for grid, count in zip(grids[1:], tiles[1:], strict=False) if grid < count]
+    assert set(several) == {(dtype, precise) for dtype in small_case.DTYPES for precise in (False, True)}
+
+
+@pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
+def test_a_small_run_compares_with_the_reference(monkeypatch):
+    emulated_gpu.pretend(monkeypatch, num_sms=5)
+    monkeypatch.setattr(small_case, "cupy", sys.modules["cupy"])
+    run = small_case.Small("float16", precise=False, calls=(20, 3, 1), num_sms=2, portable=True, stages=True)
+    share, launched = small_case.run_small(run)
+    assert 0 < share < 1
+    assert launched == {"project_qkv", "attend_prefill", "project_output"}
+    monkeypatch.setitem(small_case.BARS, "float16", 1e-9)
+    with pytest.raises(SystemExit, match=r"stages True: input_norm: relative L2 .*, the bar is 1e-09"):
+        small_case.run_small(run)
+
+
+@pytest.mark.parametrize("file", sorted(RESULTS.glob("*.json")), ids=lambda file: file.stem)
+def test_the_tables_of_a_report_are_those_of_its_json(file):
+    assert file.with_suffix(".md").read_text() == gpu_report.markdown(json.loads(file.read_text()))

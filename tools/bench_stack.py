@@ -168,11 +168,12 @@ def traffic(case: Case, what: str, layers: int, dtype: str = "float16") -> dict[
         raise SystemExit(f"ncu, {what}, {case.kind} {case.text}: {error}") from None
     per_layer = {name: value / layers / PASSES for name, value in sums.items()}
     return {**dataclasses.asdict(case), "what": what, "layers": layers, **per_layer,
-            "minimum_bytes": case.minimum_bytes}  # fmt: skip
+            "minimum_bytes": case.minimum_bytes, "beyond_weights_and_cache": per_layer["dram_bytes"] - case.bytes_moved,
+            }  # fmt: skip
 
 
 def traffic_rows(case: Case, layers: int, dtype: str = "float16") -> list[dict[str, Any]]:
-    """Return :func:`traffic` of every stack, and what that is beyond a mere reading of weights and cache.
+    """Return :func:`traffic` of every stack, and what that is beyond a mere reading of weights and cache, measured.
 
     Counters tell of more than was asked for: L2 counts what comes from memory and what goes to a multiprocessor, some
     of it twice on its way between its halves, and a kernel's instructions come from memory too. So reading is measured.
@@ -186,11 +187,12 @@ def traffic_rows(case: Case, layers: int, dtype: str = "float16") -> list[dict[s
 
 def traffic_table(rows: list[dict[str, Any]]) -> str:
     """Return what layers move as Markdown, in MB."""
-    head = ("case", "what", "kernels a layer", "memory MB", "memory, beyond reading", "L2 MB", "L2, beyond reading",
-            "minimum MB")  # fmt: skip
+    head = ("case", "what", "kernels a layer", "memory MB", "less weights and cache", "less their reading", "L2 MB",
+            "L2, less their reading", "minimum MB")  # fmt: skip
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for r in rows:
-        names = ("dram_bytes", "dram_bytes_beyond", "l2_bytes", "l2_bytes_beyond", "minimum_bytes")
+        names = ("dram_bytes", "beyond_weights_and_cache", "dram_bytes_beyond", "l2_bytes", "l2_bytes_beyond",
+                 "minimum_bytes")  # fmt: skip
         sizes = [r.get(name) for name in names]
         cells = (f"{r['kind']} {r['model']}, {r['batch']}, {r['tokens']}",
                  "reading weights and cache" if r["what"] == "read" else r["what"], f"{r['kernels']:.1f}",

@@ -1,9 +1,8 @@
 """Evidence for the kernels on the GPU at hand, as JSON and as short Markdown tables.
 
     python tools/gpu_report.py [--out docs/results] [--only STEP,STEP]
-    python tools/gpu_report.py --small        what compute-sanitizer watches
 
-Steps: ``tests`` (pytest -m gpu), ``sanitizer`` (four tools of compute-sanitizer over a small case of every kernel),
+Steps: ``tests`` (pytest -m gpu), ``sanitizer`` (four tools of compute-sanitizer over tools/small_case.py),
 ``accuracy`` (every published shape, both 16-bit dtypes, K-norm weights up to 1000), ``bench`` (tools/bench_stack.py),
 ``traffic`` (the same under ncu), ``import`` (warm import, cold compile, self-tests). Each is a process of its own with
 a time limit. What it finds is written at once, to <out>/<gpu>.json and .md, beside what earlier runs found of the same
@@ -36,21 +35,22 @@ import click
 import cupy
 import numpy as np
 import separate_ops
+import small_case
 from accuracy_table import MAXIMA
 from bench_stack import BAR as SAME
 from bench_stack import Case
 from cupy_ops import CupyLayer
+from small_case import DTYPES
 
 import cupy_attn as ca
 from cupy_attn import kernels, reference
-from cupy_attn.accuracy import BARS, MAX_ERROR_BARS, compare_stages
+from cupy_attn.accuracy import BARS, MAX_ERROR_BARS
 from cupy_attn.arrays import storage_dtype
 from cupy_attn.bench import MODELS, model_config, random_layer
 from cupy_attn.demo import k_norm_weight
 from cupy_attn.doctor import examine
 
 ROOT = Path(__file__).resolve().parent.parent
-DTYPES = ("float16", "bfloat16")
 BENCH = {
     "decode": ("0.6B:1:1024", "0.6B:1:4096", "0.6B:8:4096"),
     "prefill": ("0.6B:1:512", "0.6B:1:2048", "0.6B:1:8192"),
@@ -111,117 +111,11 @@ def run_tests() -> dict[str, Any]:
 
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 SANITIZER_LIMIT_S = 270  # for one tool, while the other three run beside it
-SMALL = {"hidden_size": 512, "head_dim": 128, "rope_theta": 1e6, "max_position_embeddings": 4096}
-SMALL_WINDOW = 40
-
-
-@dataclasses.dataclass(frozen=True)
-class Small:
-    """A small run: ``calls`` are the new tokens of each call on one cache.
-
-    512 columns are 8 steps of a product, more than there are buffers for. 130 tokens are several tiles of rows and of
-    keys. With ``num_sms`` the kernels are launched as for a GPU of so many multiprocessors: they take the tiles of long
-    prompts, and one block goes through many of them. ``portable``: as for a GPU before Hopper. ``heads`` are query and
-    KV heads; in decode 16 query heads of one KV head are two tiles. On a Hopper GPU the runs take every specialisation
-    that an import builds (test_gpu_report.py).
-    """
-
-    dtype: str
-    precise: bool
-    batch: int = 1
-    calls: tuple[int, ...] = (130, 20, 1, 1)
-    heads: tuple[int, int] = (4, 2)
-    num_sms: int | None = None
-    portable: bool = False
-    window: int | None = None
-    stages: bool = False
-
-    @property
-    def text(self) -> str:
-        """Every field that is not False."""
-        fields = dataclasses.asdict(self)
-        return ", ".join(f"{name} {value}" for name, value in fields.items() if value not in (None, False))
-
-
-def small_runs() -> list[Small]:
-    """Return what together launches every kernel, in both dtypes, on both paths."""
-    both = [(dtype, precise) for dtype in DTYPES for precise in (False, True)]
-    crossed = both[0], both[3]
-    return [
-        *(Small(*kind) for kind in both),  # prefill, chunked prefill, decode of few sequences
-        *(Small(*kind, batch=12, calls=(70, 1), num_sms=2) for kind in both),  # decode of many
-        *(Small(*kind, batch=12, calls=(20, 1), heads=(16, 1)) for kind in both),
-        *(Small(*kind, batch=2, calls=(130, 130, 1), num_sms=2) for kind in both),  # from tile to tile, after a past
-        *(Small(dtype, False, batch=12, calls=(70, 1), num_sms=2, portable=True) for dtype in DTYPES),
-        *(Small(dtype, False, calls=(130, 1), num_sms=8) for dtype in DTYPES),
-        *(Small(dtype, False, calls=(1, 1), num_sms=16) for dtype in DTYPES),
-        *(Small(*kind, calls=(70, 130, 1), window=SMALL_WINDOW) for kind in crossed),
-        *(Small(*kind, calls=(70, 20), stages=True) for kind in crossed),
-    ]
-
-
-def run_small(run: Small) -> tuple[float, set[str]]:
-    """Return the relative L2 error of a run, as a share of its bar, and the kernels that it launched.
-
-    Raises
-    ------
-    SystemExit
-        An error is above its bar.
-    """
-    raw = SMALL | {"num_attention_heads": run.heads[0], "num_key_value_heads": run.heads[1]}
-    if run.window is not None:
-        raw |= {"use_sliding_window": True, "sliding_window": run.window, "max_window_layers": 0}
-    config = ca.AttentionConfig.from_dict(raw)
-    rng = np.random.default_rng(0)
-    statistics = (96.5, 3.56, 9.13) if run.precise else (1.5, 1.0, 0.1)
-    weights = dataclasses.replace(random_layer(config), k_norm=k_norm_weight(rng, config.head_dim, *statistics))
-    layer = ca.Attention(config, weights, run.dtype, "cuda")
-    assert layer.precise == run.precise
-    backend: Any = layer._backend
-    if run.num_sms is not None:
-        backend._limits = dataclasses.replace(backend._limits, num_sms=run.num_sms)
-    if run.portable:
-        backend._limits = dataclasses.replace(backend._limits, wgmma=False)
-    x = rng.standard_normal((run.batch, sum(run.calls), config.hidden_size), np.float32).astype(layer.dtype)
-    exact, expected = reference.forward(config, layer.weights, x, residual=x)
-    cache = layer.new_cache(run.batch, x.shape[1])
-    parts, start = [], 0
-    for count in run.calls:
-        tokens = slice(start, start + count)
-        part = cupy.asarray(np.ascontiguousarray(x[:, tokens]))
-        stages: dict[str, Any] | None = {} if run.stages else None
-        parts.append(cupy.asnumpy(layer(part, cache, residual=part, stages=stages)))
-        for name, stage in (stages or {}).items():
-            whole = expected[name]
-            want = whole[:, :, tokens] if name in ("row_max", "lse") else whole[:, tokens]
-            check_bar(f"{run.text}: {name}", compare_stages({name: stage}, {name: want}, 1)[0].relative_l2, run.dtype)
-        start += count
-    error = ca.relative_l2(np.concatenate(parts, 1), exact)
-    check_bar(f"{run.text}: y", error, run.dtype)
-    return error / BARS[run.dtype], {one.name for launches in backend._launches.values() for one in launches}
-
-
-def check_bar(what: str, error: float, dtype: str) -> None:
-    """Exit unless a relative L2 error is within the bar of a dtype."""
-    if not error <= BARS[dtype]:
-        raise SystemExit(f"{what}: relative L2 {error:.2g}, the bar is {BARS[dtype]:g}")
-
-
-def small_case() -> None:
-    """Launch every kernel on small inputs and compare with the reference."""
-    cupy.cuda.set_allocator(None)  # every array on its own, so that reads past its end are seen
-    results = [run_small(run) for run in small_runs()]
-    launched = {name for _, names in results for name in names}
-    missed = {file.stem for file in kernels.SOURCES.glob("*.cu")} - launched
-    if missed:
-        raise SystemExit(f"the small case does not launch {', '.join(sorted(missed))}")
-    click.echo(f"{len(results)} small runs of {len(launched)} kernels, errors at most "
-               f"{max(share for share, _ in results):.0%} of their bars")  # fmt: skip
 
 
 def sanitize() -> dict[str, Any]:
     """Run the small case on its own, which fills the kernel cache, then under each tool of compute-sanitizer."""
-    small = [sys.executable, __file__, "--small"]
+    small = [sys.executable, str(Path(small_case.__file__))]
     click.echo(output(small))
     program = bench_stack.cuda_tool("compute-sanitizer")
     if program is None:
@@ -614,15 +508,11 @@ def chosen_steps(context: click.Context, parameter: click.Parameter, text: str |
 @click.option("--out", type=click.Path(path_type=Path), default=ROOT / "docs" / "results", show_default=True)
 @click.option("--only", "steps", metavar="STEP,STEP", callback=chosen_steps,
               help=f"Of {', '.join(STEPS)}; merged into the report that is there.")  # fmt: skip
-@click.option("--small", is_flag=True, help="Only run the small case: what compute-sanitizer watches.")
 @click.option("--step", type=click.Choice(list(STEPS)), hidden=True)
 @click.option("--to", type=click.Path(path_type=Path), hidden=True)
-def main(out: Path, steps: list[str], small: bool, step: str | None, to: Path | None) -> None:
+def main(out: Path, steps: list[str], step: str | None, to: Path | None) -> None:
     """Make the report; exit status 1 if a test, a sanitizer, a bar or a self-test failed."""
     bench_stack.check_gpu()
-    if small:
-        small_case()
-        return
     if step and to:
         run_step(step, to)
         return

@@ -1,0 +1,134 @@
+"""What compute-sanitizer watches: every kernel on small inputs, compared with the reference.
+
+python tools/small_case.py
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import click
+import cupy
+import numpy as np
+from stacks import check_gpu
+
+import cupy_attn as ca
+from cupy_attn import kernels, reference
+from cupy_attn.accuracy import BARS, compare_stages
+from cupy_attn.bench import random_layer
+from cupy_attn.demo import k_norm_weight
+
+DTYPES = ("float16", "bfloat16")
+SMALL = {"hidden_size": 512, "head_dim": 128, "rope_theta": 1e6, "max_position_embeddings": 4096}
+SMALL_WINDOW = 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Small:
+    """A small run: ``calls`` are the new tokens of each call on one cache.
+
+    512 columns are 8 steps of a product, more than there are buffers for. 130 tokens are several tiles of rows and of
+    keys. With ``num_sms`` the kernels are launched as for a GPU of so many multiprocessors: they take the tiles of long
+    prompts, and one block goes through many of them. ``portable``: as for a GPU before Hopper. ``heads`` are query and
+    KV heads; in decode 16 query heads of one KV head are two tiles. On a Hopper GPU the runs take every specialisation
+    that an import builds (test_gpu_report.py).
+    """
+
+    dtype: str
+    precise: bool
+    batch: int = 1
+    calls: tuple[int, ...] = (130, 20, 1, 1)
+    heads: tuple[int, int] = (4, 2)
+    num_sms: int | None = None
+    portable: bool = False
+    window: int | None = None
+    stages: bool = False
+
+    @property
+    def text(self) -> str:
+        """Every field that is not False."""
+        fields = dataclasses.asdict(self)
+        return ", ".join(f"{name} {value}" for name, value in fields.items() if value not in (None, False))
+
+
+def small_runs() -> list[Small]:
+    """Return what together launches every kernel, in both dtypes, on both paths."""
+    both = [(dtype, precise) for dtype in DTYPES for precise in (False, True)]
+    crossed = both[0], both[3]
+    return [
+        *(Small(*kind) for kind in both),  # prefill, chunked prefill, decode of few sequences
+        *(Small(*kind, batch=12, calls=(70, 1), num_sms=2) for kind in both),  # decode of many
+        *(Small(*kind, batch=12, calls=(20, 1), heads=(16, 1)) for kind in both),
+        *(Small(*kind, batch=2, calls=(130, 130, 1), num_sms=2) for kind in both),  # from tile to tile, after a past
+        *(Small(dtype, False, batch=12, calls=(70, 1), num_sms=2, portable=True) for dtype in DTYPES),
+        *(Small(dtype, False, calls=(130, 1), num_sms=8) for dtype in DTYPES),
+        *(Small(dtype, False, calls=(1, 1), num_sms=16) for dtype in DTYPES),
+        *(Small(*kind, calls=(70, 130, 1), window=SMALL_WINDOW) for kind in crossed),
+        *(Small(*kind, calls=(70, 20), stages=True) for kind in crossed),
+    ]
+
+
+def run_small(run: Small) -> tuple[float, set[str]]:
+    """Return the relative L2 error of a run, as a share of its bar, and the kernels that it launched.
+
+    Raises
+    ------
+    SystemExit
+        An error is above its bar.
+    """
+    raw = SMALL | {"num_attention_heads": run.heads[0], "num_key_value_heads": run.heads[1]}
+    if run.window is not None:
+        raw |= {"use_sliding_window": True, "sliding_window": run.window, "max_window_layers": 0}
+    config = ca.AttentionConfig.from_dict(raw)
+    rng = np.random.default_rng(0)
+    statistics = (96.5, 3.56, 9.13) if run.precise else (1.5, 1.0, 0.1)
+    weights = dataclasses.replace(random_layer(config), k_norm=k_norm_weight(rng, config.head_dim, *statistics))
+    layer = ca.Attention(config, weights, run.dtype, "cuda")
+    assert layer.precise == run.precise
+    backend: Any = layer._backend
+    if run.num_sms is not None:
+        backend._limits = dataclasses.replace(backend._limits, num_sms=run.num_sms)
+    if run.portable:
+        backend._limits = dataclasses.replace(backend._limits, wgmma=False)
+    x = rng.standard_normal((run.batch, sum(run.calls), config.hidden_size), np.float32).astype(layer.dtype)
+    exact, expected = reference.forward(config, layer.weights, x, residual=x)
+    cache = layer.new_cache(run.batch, x.shape[1])
+    parts, start = [], 0
+    for count in run.calls:
+        tokens = slice(start, start + count)
+        part = cupy.asarray(np.ascontiguousarray(x[:, tokens]))
+        stages: dict[str, Any] | None = {} if run.stages else None
+        parts.append(cupy.asnumpy(layer(part, cache, residual=part, stages=stages)))
+        for name, stage in (stages or {}).items():
+            whole = expected[name]
+            want = whole[:, :, tokens] if name in ("row_max", "lse") else whole[:, tokens]
+            check_bar(f"{run.text}: {name}", compare_stages({name: stage}, {name: want}, 1)[0].relative_l2, run.dtype)
+        start += count
+    error = ca.relative_l2(np.concatenate(parts, 1), exact)
+    check_bar(f"{run.text}: y", error, run.dtype)
+    return error / BARS[run.dtype], {one.name for launches in backend._launches.values() for one in launches}
+
+
+def check_bar(what: str, error: float, dtype: str) -> None:
+    """Exit unless a relative L2 error is within the bar of a dtype."""
+    if not error <= BARS[dtype]:
+        raise SystemExit(f"{what}: relative L2 {error:.2g}, the bar is {BARS[dtype]:g}")
+
+
+@click.command()
+def main() -> None:
+    """Launch every kernel on small inputs and compare with the reference."""
+    check_gpu()
+    cupy.cuda.set_allocator(None)  # every array on its own, so that reads past its end are seen
+    results = [run_small(run) for run in small_runs()]
+    launched = {name for _, names in results for name in names}
+    missed = {file.stem for file in kernels.SOURCES.glob("*.cu")} - launched
+    if missed:
+        raise SystemExit(f"the small case does not launch {', '.join(sorted(missed))}")
+    click.echo(f"{len(results)} small runs of {len(launched)} kernels, errors at most "
+               f"{max(share for share, _ in results):.0%} of their bars")  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
