@@ -93,7 +93,7 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 }
 
 constexpr int PADDING = -1;  // a row past its sequence's num_tokens
-constexpr int FAULT = -2;    // a row that does not fit
+constexpr int FAULT = -2;    // a token of a sequence that does not fit
 
 __device__ constexpr bool is_float16(__half*) { return true; }
 __device__ constexpr bool is_float16(__nv_bfloat16*) { return false; }
@@ -137,7 +137,8 @@ __device__ __forceinline__ int2 describe_row(const Call& call, int m, const Sequ
         call.cached_positions[static_cast<long long>(b) * call.capacity + slot] = position;
         return call.rows[m] = make_int2(slot, position);
     }
-    return call.rows[m] = make_int2(s.fault ? FAULT : PADDING, 0);
+    const bool is_token = call.num_tokens == nullptr || t < __ldcg(call.num_tokens + b);
+    return call.rows[m] = make_int2(s.fault && is_token ? FAULT : PADDING, 0);
 }
 
 // Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more.

@@ -561,6 +561,7 @@ inline int __any_sync(unsigned, int predicate) {
     return reduce("__any_sync", predicate != 0, [](int a, int b) { return a | b; });
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int atomicAdd(int* place, int value) {
     const int before = *place;
