@@ -93,7 +93,8 @@ def specialisations(
 
         gpu = limits(cupy.cuda.Device().id)
     shape = Shape(dtype.name, config.head_dim, precise, windowed, float32_angles=False)
-    prompts = [(gpu, rows) for rows in (1, 128, 512, 1024, 2048, 1 << 16)]
+    # Rows of many prompts: what tiles a product takes goes by how they fill the GPU.
+    prompts = [(gpu, rows) for n in range(17) for rows in (1 << n, 3 << n)]
     if gpu.wgmma:  # few tokens and stages still take the kernels of other GPUs
         prompts += [(dataclasses.replace(gpu, wgmma=False), rows) for rows in (1, 1 << 16)]
     launches = [

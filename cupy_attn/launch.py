@@ -18,8 +18,9 @@ GEMV_THREADS = 256
 PROJECT_ROWS = 32  # decode_project.cu: rows of W of a block
 GEMM_WARPS, GEMM_BLOCK_K = 4, 64
 DECODE_TILE, DECODE_STAGES = 16, 2  # attend_decode.cu: keys of a warp's tile, tiles of its ring
-NORM_ROWS, PAST_ROWS = 4, 64  # project_qkv.cu: rows of one piece of work
-HIDDEN_PARTS = 2  # project_qkv.cu: float16 numbers that hold one normalised hidden state
+NORM_ROWS = 4  # project_qkv.cu: rows of one piece of work
+PAST_ROWS = 64  # project.cuh: cached keys, in what a call says of them
+HIDDEN_PARTS = 2  # project.cuh: float16 numbers that hold one normalised hidden state
 
 _POINTERS = (
     "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "o_proj", "input_norm", "q_norm", "k_norm",

@@ -31,7 +31,7 @@ struct Call {
     int* fault;             // [1], set if a replayed graph runs past the cache or the model's positions
     // Scratch, shared by the layers of a stream.
     int2* rows;         // [B S], x: place in the cache, or PADDING, or FAULT; y: position
-    __half* hidden;     // [B S, 1 or 2 parts, H]
+    __half* hidden;     // [B S, 2 parts, H]
     __half* q;          // [PARTS, B S, Hq, D]
     __half* k;          // [PARTS, B, Hkv, scratch_capacity, D]
     __half* v;          // [B, Hkv, scratch_capacity, D], where storage is not float16

@@ -150,7 +150,8 @@ struct Consumer {
 
     // The sums of its rows over so many buffers. Tensor cores cut off what does not fit a float32 sum. With Exact the sums of
     // 32 products are added up outside them, rounded to nearest: eight times closer, for twice the registers.
-    // `meanwhile` is done a few steps before the end, to load what comes after; a buffer of x has been waited for by then.
+    // `meanwhile` is done a few steps before the end, or after it with Exact, to load what comes after; a buffer of x has been
+    // waited for by then.
     template <bool Exact, typename Meanwhile>
     __device__ __forceinline__ void multiply(int steps, Sums& sums, Meanwhile meanwhile) {
         if constexpr (Exact) {

@@ -136,3 +136,14 @@ def test_angles_from_integers_are_right_at_any_position(theta):
     cos, sin = ca.rope_angles(config, positions)
     assert np.abs(np.cos(angle) - cos).max() < 5e-7
     assert np.abs(np.sin(angle) - sin).max() < 5e-7
+
+
+@pytest.mark.parametrize(("heads", "hidden"), [((3, 1), 1024), ((9, 3), 576), ((2, 1), 192), ((16, 8), 1024)])
+def test_every_kernel_that_a_prompt_may_take_is_listed(monkeypatch, heads, hidden):
+    monkeypatch.setattr(cuda, "problem", lambda: "none")
+    config = make_config(num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=128, hidden_size=hidden)
+    listed = cuda.specialisations(config, np.dtype("float16"), precise=False)
+    shape = launch.Shape("float16", 128, False, windowed=False, float32_angles=False)
+    for rows in range(1, 70_000, 61):
+        for one in wgmma.prefill(config, shape, cuda.H200, 1, rows, past_tiles=0, collect=False):
+            assert (one.name, one.macros) in listed, (rows, one)
