@@ -92,6 +92,13 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 #endif
 }
 
+// Add one and return what was there before. What the block wrote ahead of a barrier, others see who count later.
+__device__ __forceinline__ int count_in_order(int* counter) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 constexpr int PADDING = -1;  // a row past its sequence's num_tokens
 constexpr int FAULT = -2;    // a token of a sequence that does not fit
 

@@ -128,7 +128,8 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
     __shared__ int first_taken;
     if (threadIdx.x == 0) first_taken = atomicAdd(&call.counters[NEXT], share);
     if (is_ragged && producer_warp == 1) row_tiles.find(call, all_m_tiles);
-    const Sequence of_first = sequence(call, 0);
+    __shared__ Sequence of_first;  // registers are short
+    if (threadIdx.x == 32) of_first = sequence(call, 0);
     __syncthreads();
     if (is_ragged) m_tiles = row_tiles.count;
     int next = static_cast<int>(threadIdx.x) / 32 < share ? first_taken + static_cast<int>(threadIdx.x) / 32 : items;

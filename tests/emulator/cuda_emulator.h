@@ -572,6 +572,8 @@ template <typename T>
 T __ldcg(const T* p) { return *p; }
 template <typename T>
 T __ldcs(const T* p) { return *p; }
+template <typename T>
+void __stcg(T* p, T value) { *p = value; }
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -596,7 +598,7 @@ inline size_t __cvta_generic_to_shared(const void* p) {
 // Inline PTX, by its first word.
 
 inline void ptx_griddepcontrol() {}
-inline void ptx_prefetch(const void*) {}
+inline void ptx_prefetch(const void*, int = 0) {}
 inline void ptx_nothing(int&) {}
 inline void ptx_nothing(float&) {}
 inline void ptx_fence() {}
