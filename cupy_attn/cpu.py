@@ -47,13 +47,17 @@ class CpuBackend:
         In the storage dtype; kept as float32 copies.
     angles : {"float64", "float32"}
         Precision of the rotary angles.
+    batch_invariant : bool
+        Never multiply rows of several sequences at once: BLAS picks its kernels, and so its bits, by their number.
     """
 
     name = "cpu"
     xp = np
 
-    def __init__(self, config: AttentionConfig, weights: AttentionWeights, *, angles: str) -> None:
-        self.config, self.angles = config, angles
+    def __init__(
+        self, config: AttentionConfig, weights: AttentionWeights, *, angles: str, batch_invariant: bool = False
+    ) -> None:
+        self.config, self.angles, self.batch_invariant = config, angles, batch_invariant
         self.window = config.window(weights.layer)
         w = {name: np.ascontiguousarray(t, dtype=np.float32) for name, t in weights.tensors().items()}
         self.input_norm = w.pop("input_norm")
@@ -64,7 +68,8 @@ class CpuBackend:
     def forward(self, plan: Plan, cache: KVCache) -> np.ndarray:
         """Run one planned call: write K and V past the cached tokens, return y [B, S, H] in the storage dtype."""
         # Too little work to wake a thread for: BLAS's own, which spin for a while, then share out the products.
-        threads = workers() if int(plan.num_tokens.sum()) >= THREADED_ROWS else 1
+        own_threads = self.batch_invariant or int(plan.num_tokens.sum()) >= THREADED_ROWS
+        threads = workers() if own_threads else 1
         with take_turn(threads):
             return _Run(self, plan, cache, threads=threads).run()
 
@@ -111,8 +116,7 @@ class _Run:
         plan, cache = self.plan, self.cache
         y = np.zeros((self.rows, self.config.hidden_size), plan.dtype)
         if self.rows:
-            count = self.threads * -(-self.rows // (self.threads * PROJECT_ROWS))
-            chunks = _blocks(0, self.rows, -(-self.rows // count))
+            chunks = self._chunks()
             self._rotate_cached()
             run_parallel([functools.partial(self._project, rows) for rows in chunks], self.threads)
             run_parallel(self._attend_tasks(), self.threads)
@@ -124,6 +128,14 @@ class _Run:
                 whole = self._padded(flat)
                 plan.stages[name] = whole.transpose(0, 2, 1) if name in ("row_max", "lse") else whole
         return self._padded(y)
+
+    def _chunks(self) -> list[slice]:
+        """Return rows that are projected together."""
+        if self.backend.batch_invariant:
+            ends = self.first_row.tolist()
+            return [rows for start, stop in itertools.pairwise(ends) for rows in _blocks(start, stop, PROJECT_ROWS)]
+        count = self.threads * -(-self.rows // (self.threads * PROJECT_ROWS))
+        return _blocks(0, self.rows, -(-self.rows // count))
 
     def _padded(self, flat: np.ndarray) -> np.ndarray:
         """Return rows [rows, ...] as [B, S, ...], zero where x is padding."""
@@ -239,7 +251,8 @@ class _Run:
         for b in range(plan.batch):
             new = int(plan.num_tokens[b])
             block = max(1, ATTEND_ROWS // group)
-            if plan.batch * kv_heads < self.threads:  # too few heads to go round
+            sequences = 1 if self.backend.batch_invariant else plan.batch
+            if sequences * kv_heads < self.threads:  # too few heads to go round
                 block = min(block, -(-new // self.threads))
             blocks = _blocks(0, new, max(block, 1))
             few = new * group <= DECODE_ROWS  # so few rows that call overhead counts: all heads together

@@ -13,7 +13,7 @@ import numpy as np
 from . import kernels, launch, wgmma
 from .cache import KVCache
 from .config import AttentionConfig
-from .errors import InputError, SlowPathWarning
+from .errors import ConfigError, InputError, SlowPathWarning
 from .kernels import Macros
 from .launch import CALL, Launch, Limits, Shape
 from .launcher import Launcher
@@ -32,6 +32,8 @@ OPERAND_BITS, VALUE_BITS = 15, 11
 PREFILL_STAGES = (
     "input_norm", "q", "k", "v", "q_norm", "k_norm", "q_rope", "k_rope", "row_max", "lse", "attention", "output",
 )  # fmt: skip
+# Sequences and tokens of each for which decode kernels are listed: most kinds.
+DECODES = ((1, 1), (12, 1), (64, 1), (1, 2), (1, 16))
 # Fields of the call that a tensor map is made of.
 MAPPED = (
     "hidden", "qkv_proj", "q", "k", "v", "v_cache", "attention", "o_proj", "batch", "seq", "capacity",
@@ -93,7 +95,8 @@ def specialisations(
 
         gpu = limits(cupy.cuda.Device().id)
     shape = Shape(dtype.name, config.head_dim, precise, windowed, float32_angles=False)
-    prompts = [(gpu, rows) for rows in (1, 128, 512, 1024, 2048, 1 << 16)]
+    # Rows of many prompts: what tiles a product takes goes by how they fill the GPU.
+    prompts = [(gpu, rows) for n in range(17) for rows in (1 << n, 3 << n)]
     if gpu.wgmma:  # few tokens and stages still take the kernels of other GPUs
         prompts += [(dataclasses.replace(gpu, wgmma=False), rows) for rows in (1, 1 << 16)]
     launches = [
@@ -102,7 +105,7 @@ def specialisations(
             for offered, rows in prompts
             for one in wgmma.prefill(config, shape, offered, 1, rows, past_tiles=0, collect=False)
         ),
-        *(one for batch in (1, 64) for one in launch.decode(config, shape, gpu, batch)),
+        *(one for batch, seq in DECODES for one in launch.decode(config, shape, gpu, batch, seq)),
     ]
     return list(dict.fromkeys((one.name, one.macros) for one in launches))
 
@@ -180,6 +183,13 @@ class CudaBackend:
         In the storage dtype.
     angles : {"float64", "float32"}
         Precision of the rotary angles.
+    batch_invariant : bool
+        Let no kernel's order of sums depend on the batch.
+
+    Raises
+    ------
+    ConfigError
+        ``batch_invariant``, and there is no kernel for this layer.
 
     Warns
     -----
@@ -189,7 +199,9 @@ class CudaBackend:
 
     name = "cuda"
 
-    def __init__(self, config: AttentionConfig, weights: AttentionWeights, *, angles: str) -> None:
+    def __init__(
+        self, config: AttentionConfig, weights: AttentionWeights, *, angles: str, batch_invariant: bool = False
+    ) -> None:
         import cupy
 
         self.xp = cupy
@@ -203,8 +215,14 @@ class CudaBackend:
             precise=takes_precise_path(config, weights.q_norm, weights.k_norm),
             windowed=self._window is not None,
             float32_angles=angles == "float32",
+            batch_invariant=batch_invariant,
         )
         why = launch.supported(config, weights.dtype.name)
+        if why is not None and batch_invariant:
+            raise ConfigError(
+                f"batch_invariant needs the kernels, and there is none for layer {weights.layer}, because {why}; "
+                "use float16 or bfloat16 storage and such a shape, or leave batch_invariant out."
+            )
         if why is not None:
             warnings.warn(
                 f"layer {weights.layer} runs as separate array operations, many times slower than the kernels, because "
@@ -235,12 +253,17 @@ class CudaBackend:
         cache.step = None
         capturing = self.xp.cuda.get_current_stream().is_capturing()
         if self._ready is None or self._outgrown(plan):
+            if self._shape.batch_invariant:
+                raise InputError(
+                    f"positions reach {int(plan.positions.max())}, where dynamic RoPE changes the angles and this "
+                    "layer runs as separate array operations, which are not batch-invariant; leave batch_invariant out."
+                )
             if capturing:
                 raise InputError(
                     "this layer runs as separate array operations, which a graph cannot hold; call it outside."
                 )
             return self._separate.forward(plan, cache)
-        decode = plan.seq == 1 and plan.stages is None
+        decode = plan.stages is None and launch.decodes(self._config, self._shape, plan.batch, plan.seq)
         past = 0 if decode else int(cache.lengths.max())
         if capturing and not decode:
             past = cache.capacity  # replays will find more
@@ -256,7 +279,7 @@ class CudaBackend:
         for run in bound:
             run()
         del keep
-        if decode and plan.counting_on and plan.unpadded and not capturing and not cache.captured:
+        if decode and plan.seq == 1 and plan.counting_on and plan.unpadded and not capturing and not cache.captured:
             cache.step = Step(self, call, bound, stream.ptr, workspace_of(self._device, stream.ptr), y.shape, y.dtype,
                               self._room(plan, cache))  # fmt: skip
         return y
@@ -325,7 +348,7 @@ class CudaBackend:
     def _plan_launches(self, plan: Plan, past_tiles: int, *, decode: bool) -> list[Launch]:
         config, shape, limits = self._config, self._shape, self._limits
         if decode:
-            return launch.decode(config, shape, limits, plan.batch)
+            return launch.decode(config, shape, limits, plan.batch, plan.seq)
         return wgmma.prefill(config, shape, limits, plan.batch, plan.seq, past_tiles=past_tiles,
                              collect=plan.stages is not None)  # fmt: skip
 
@@ -348,16 +371,19 @@ class CudaBackend:
 
         workspace = workspace_of(self._device, xp.cuda.get_current_stream().ptr)
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        grid = next((one.grid for one in launches if one.name == "attend_decode"), 0)
-        shares, pieces = launch.decode_pieces(config, batch, grid)
         buffers: dict[str, tuple[tuple[int, ...], Any]] = {
             "rows": ((batch * seq, 2), np.int32),
             "hidden": ((batch * seq, launch.HIDDEN_PARTS, config.hidden_size), np.float16),
             "attention": ((batch * seq, heads * dim), np.float16),
         }
+        counts = [launch.ready_counters(batch * seq)]
         if decode:
-            buffers["qkv"] = (batch, (heads + 2 * kv_heads) * dim), np.float32
-            buffers["partial"] = (shares, launch.share_floats(config)), np.float32
+            shares, pieces = launch.decode_pieces(config, batch, seq, launches[1])
+            few = [one for one in launches if one.name.endswith("_few")]
+            buffers["qkv"] = (batch * seq, (heads + 2 * kv_heads) * dim), np.float32
+            partial = max([shares * launch.share_floats(config, seq), *(launch.few_floats(one) for one in few)])
+            buffers["partial"] = (partial,), np.float32
+            counts += [pieces, *(launch.few_counters(one) for one in few)]
         else:
             buffers["q"] = (parts, batch * seq, heads, dim), np.float16
             buffers["k"] = (parts, batch, kv_heads, scratch, dim), np.float16
@@ -365,8 +391,7 @@ class CudaBackend:
                 buffers["v"] = (batch, kv_heads, scratch, dim), np.float16
         scratch_arrays = {name: workspace.take(name, size, dtype, capturing=capturing)
                           for name, (size, dtype) in buffers.items()}  # fmt: skip
-        counters = workspace.take("counters", (max(pieces, launch.ready_counters(batch * seq)),), np.int32,
-                                  capturing=capturing, zeroed=True)  # fmt: skip
+        counters = workspace.take("counters", (max(counts),), np.int32, capturing=capturing, zeroed=True)
         self._set(
             x=x.data.ptr, residual=0 if residual is None else residual.data.ptr, y=y.data.ptr,
             positions=0 if plan.counting_on else integers(plan.positions),

@@ -15,11 +15,17 @@ from .kernels import CUDA_NAMES, Macros
 MAX_HEAD_DIM = 256
 DECODE_VECTORS = 8  # gemv.cuh: tokens that share one read of the weights
 GEMV_THREADS = 256
-PROJECT_ROWS = 32  # decode_project.cu: rows of W of a block
+FEW_ROWS, FEW_THREADS, FEW_CHUNK, FEW_STAGES, MAX_SPLITS = 64, 128, 64, 4, 8  # gemm_few.cuh
+MAX_FEW = 256  # tokens: for more than that, tiles of a matrix product read the weights less often
 GEMM_WARPS, GEMM_BLOCK_K = 4, 64
 DECODE_TILE, DECODE_STAGES = 16, 2  # attend_decode.cu: keys of a warp's tile, tiles of its ring
-NORM_ROWS, PAST_ROWS = 4, 64  # project_qkv.cu: rows of one piece of work
-HIDDEN_PARTS = 2  # project_qkv.cu: float16 numbers that hold one normalised hidden state
+MOST_PIECES = 16  # shares.cuh
+# Tokens of a call and of a sequence, and queries of a KV head and sequence, that decode kernels take, which share out
+# keys among all multiprocessors but normalise them again for every 16 queries.
+MAX_APPEND, SHORT_APPEND, SHORT_INVARIANT_APPEND, MAX_QUERIES = 64, 32, 16, 128
+NORM_ROWS = 4  # project_qkv.cu: rows of one piece of work
+PAST_ROWS = 64  # project.cuh: cached keys, in what a call says of them
+HIDDEN_PARTS = 2  # project.cuh: float16 numbers that hold one normalised hidden state
 
 _POINTERS = (
     "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "o_proj", "input_norm", "q_norm", "k_norm",
@@ -68,13 +74,16 @@ RESERVED_SMEM = 1024  # of every block, by the driver (CUDA C++ Programming Guid
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the kernels are specialised for: storage dtype, head_dim, precise scores, window, angles."""
+    """What the kernels are specialised for: storage dtype, head_dim, precise scores, window, angles; and whether the
+    bits of a sequence may depend on the others of the batch.
+    """
 
     dtype: str
     head_dim: int
     precise: bool
     windowed: bool
     float32_angles: bool
+    batch_invariant: bool = False
 
     @property
     def parts(self) -> int:
@@ -183,7 +192,7 @@ def attend_prefill(
 ) -> Launch:
     """Launch of ``attend_prefill.cu``: of the tiles that fit, those that keep most warps on a multiprocessor."""
     warp_m = _rows_a_warp(config.head_dim)
-    heads = batch * config.num_attention_heads
+    heads = (1 if shape.batch_invariant else batch) * config.num_attention_heads
     if warp_m == 32 and -(-seq // 128) * heads < 2 * limits.num_sms:  # too few blocks: halve them
         warp_m = 16
     best: tuple[int, ...] = (0,)
@@ -202,16 +211,22 @@ def attend_prefill(
     return Launch("attend_prefill", macros, grid, 32 * warps, smem)
 
 
-def _head_tiles(config: AttentionConfig) -> int:
-    """Tiles of 8 query heads that share one read of K and V."""
-    return 1 if config.group <= 8 else 2
+def _head_tiles(config: AttentionConfig, seq: int) -> int:
+    """Tiles of 8 queries of S tokens a sequence that share one read of K and V."""
+    return 1 if config.group * seq <= 8 else 2
 
 
-def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits) -> Launch:
-    """Launch of ``attend_decode.cu``: the grid is the GPU's, whatever the lengths."""
-    dim, head_tiles = config.head_dim, _head_tiles(config)
+def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits, seq: int, *, alone: bool) -> Launch:
+    """Launch of ``attend_decode.cu``: the grid is the GPU's, whatever the lengths.
+
+    ``alone``: the kernel before leaves it no room to begin beside it, so it may have all of a multiprocessor.
+    """
+    dim, head_tiles = config.head_dim, _head_tiles(config, seq)
     rows, stride = 8 * head_tiles, dim + 8
-    for warps in (8, 4, 2, 1):
+    # On Hopper: 3 warps to a quarter of a multiprocessor do with the registers there are.
+    most = alone and limits.wgmma and dim <= 128 and seq == 1 and head_tiles == 1 and not shape.batch_invariant
+    many = (11, 10, 9) if most else ()
+    for warps in (*many, 8, 4, 2, 1):
         ring = warps * DECODE_STAGES * DECODE_TILE * 2 * (dim if dim % 64 == 0 else stride) * 2
         queries = warps * (shape.parts * rows * stride * 2 + rows * 8) + rows * dim * 4
         tables = dim * 8 if shape.float32_angles else DECODE_TILE * dim * 8 + dim * 4
@@ -219,20 +234,32 @@ def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits) -> Laun
         if limits.blocks_a_sm(smem, 1):
             break
     macros = macros_of(shape, HEAD_TILES=head_tiles, WARPS=warps, WINDOW=shape.windowed and 1,
-                       FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
+                       FLOAT32_ANGLES=shape.float32_angles and 1, SEVERAL=seq > 1 and 1,
+                       BATCH_INVARIANT=shape.batch_invariant and 1)  # fmt: skip
     return Launch("attend_decode", macros, limits.num_sms, 32 * warps, smem, overlaps=True)
 
 
-def decode_pieces(config: AttentionConfig, batch: int, grid: int) -> tuple[int, int]:
+def decode_pieces(config: AttentionConfig, batch: int, seq: int, one: Launch) -> tuple[int, int]:
     """Return the most shares ``attend_decode.cu`` writes, and the counters it needs."""
-    row_tiles = -(-config.group // (8 * _head_tiles(config)))
-    heads = batch * config.num_key_value_heads * row_tiles
-    return grid + heads, heads
+    heads = batch * config.num_key_value_heads * -(-config.group * seq // (8 * _head_tiles(config, seq)))
+    runs = heads * MOST_PIECES if "BATCH_INVARIANT" in dict(one.macros) else one.grid
+    return runs + heads, heads
 
 
-def share_floats(config: AttentionConfig) -> int:
+def share_floats(config: AttentionConfig, seq: int) -> int:
     """Return the floats of one share of ``attend_decode.cu``."""
-    return 8 * _head_tiles(config) * (config.head_dim + 2)
+    return 8 * _head_tiles(config, seq) * (config.head_dim + 2)
+
+
+def _gemv_tiles(sizes: tuple[int, ...], rows: int, limits: Limits) -> int:
+    """Return how many tiles of 8 rows of W a block of ``decode_*.cu`` takes, the first of the best of ``sizes``.
+
+    At most two blocks a multiprocessor, since no more begin ahead of time; and as few rows as can be on the one that
+    has most.
+    """
+    blocks = {size: -(-rows // (8 * size)) for size in sizes}
+    sizes = tuple(size for size in sizes if blocks[size] <= 2 * limits.num_sms) or (max(sizes),)
+    return min(sizes, key=lambda size: -(-blocks[size] // limits.num_sms) * size)
 
 
 def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
@@ -241,20 +268,56 @@ def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch:
     smem = -(-size // 32) * 32 * 4 + batch * (-(-size // 64) * 64 + 32) * 2
     if batch > DECODE_VECTORS or smem + GEMV_STATIC_SMEM > limits.block_smem:
         return None
-    macros = macros_of(plain(shape))
-    return Launch("decode_project", macros, -(-rows // PROJECT_ROWS) + 1, GEMV_THREADS, smem, overlaps=True)
+    tiles = _gemv_tiles((4, 3, 2), rows, limits)
+    macros = macros_of(plain(shape), TILES=tiles)
+    return Launch("decode_project", macros, -(-rows // (8 * tiles)) + 1, GEMV_THREADS, smem, overlaps=True)
 
 
 def decode_output(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
     """Launch of ``decode_output.cu``, or None for more tokens than it takes."""
     if batch > DECODE_VECTORS:
         return None
-    for tiles in (1, 2, 4):  # few rows a block: all multiprocessors fetch weights; but two blocks on each at most
-        blocks = -(-config.hidden_size // (8 * tiles))
-        if blocks <= 2 * limits.num_sms:
-            break
+    tiles = _gemv_tiles((1, 2, 3, 4), config.hidden_size, limits)
     macros = macros_of(plain(shape), TILES=tiles)
-    return Launch("decode_output", macros, blocks + 1, GEMV_THREADS, 0, overlaps=True)
+    return Launch("decode_output", macros, -(-config.hidden_size // (8 * tiles)) + 1, GEMV_THREADS, 0, overlaps=True)
+
+
+def _few(name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size: int, parts: int) -> Launch:
+    """Return the launch of a product of W [rows, k_size] with a few tokens."""
+    groups = next(n for n in (2, 4, 8) if 8 * n >= tokens or n == 8)
+    tiles, chunks = -(-rows // FEW_ROWS), -(-k_size // FEW_CHUNK)
+    # What keeps multiprocessors equally busy, whatever the tokens: how k is split decides the order of sums.
+    splits = min(
+        (n for n in range(1, MAX_SPLITS + 1) if n == 1 or (n <= chunks and tiles * n <= 3 * limits.num_sms)),
+        key=lambda n: (-(-tiles * n // limits.num_sms) / n, abs(tiles * n - 2 * limits.num_sms)),
+    )
+    macros = macros_of(shape, GROUPS=groups)
+    smem = FEW_STAGES * parts * 8 * groups * FEW_CHUNK * 2
+    return Launch(name, macros, tiles * splits * -(-tokens // (8 * groups)), FEW_THREADS, smem, overlaps=True)
+
+
+def project_qkv_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: int) -> Launch:
+    """Launch of ``project_qkv_few.cu``."""
+    rows = config.q_size + 2 * config.kv_size
+    one = _few("project_qkv_few", shape, limits, tokens, rows, config.hidden_size, HIDDEN_PARTS)
+    # A block to normalise each token, with its row and the norm's weight in shared memory.
+    smem = max(one.smem_bytes, config.hidden_size * (4 + 2))
+    return dataclasses.replace(one, grid=tokens + one.grid, smem_bytes=smem)
+
+
+def project_output_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: int) -> Launch:
+    """Launch of ``project_output_few.cu``."""
+    return _few("project_output_few", plain(shape), limits, tokens, config.hidden_size, config.q_size, 1)
+
+
+def few_floats(one: Launch) -> int:
+    """Return the floats that blocks of ``project_*_few.cu`` leave for each other."""
+    return one.grid * FEW_ROWS * 8 * int(dict(one.macros)["GROUPS"])
+
+
+def few_counters(one: Launch) -> int:
+    """Return the counters that ``project_*_few.cu`` need: two, and one for each tile; blocks are no fewer."""
+    return 2 + one.grid
 
 
 def prefill(
@@ -269,12 +332,25 @@ def prefill(
     ]
 
 
-def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> list[Launch]:
-    """Return the launches of a call of one token a sequence."""
-    first = decode_project(config, shape, limits, batch)
-    last = decode_output(config, shape, limits, batch)
+def decodes(config: AttentionConfig, shape: Shape, batch: int, seq: int) -> bool:
+    """Return whether a call of S tokens a sequence takes the launches of :func:`decode`, and not those of prefill."""
+    fits = seq <= SHORT_INVARIANT_APPEND if shape.batch_invariant else seq <= SHORT_APPEND and batch * seq <= MAX_APPEND
+    return seq == 1 or (fits and config.group * seq <= MAX_QUERIES)
+
+
+def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int) -> list[Launch]:
+    """Return the launches of a call of one token a sequence, or a few."""
+    tokens = batch * seq
+    # Whatever the batch, the same kernels must multiply.
+    first = None if shape.batch_invariant else decode_project(config, shape, limits, tokens)
+    last = None if shape.batch_invariant else decode_output(config, shape, limits, tokens)
+    few, alone = tokens <= MAX_FEW or shape.batch_invariant, first is None
+    if first is None and few:
+        first = project_qkv_few(config, shape, limits, tokens)
+    if last is None and few:
+        last = project_output_few(config, shape, limits, tokens)
     if first is None:
-        first = project_qkv(config, shape, limits, batch, past_tiles=0, batch=batch, raw=True, collect=False)
+        first = project_qkv(config, shape, limits, tokens, past_tiles=0, batch=batch, raw=True, collect=False)
     if last is None:
-        last = project_output(config, shape, limits, batch, collect=False)
-    return [first, attend_decode(config, shape, limits), last]
+        last = project_output(config, shape, limits, tokens, collect=False)
+    return [first, attend_decode(config, shape, limits, seq, alone=alone), last]

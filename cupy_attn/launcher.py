@@ -91,12 +91,22 @@ class Launcher:
         """Return how many clusters the GPU holds at a time; more would wait for those to end."""
         launch, most = self._launch, ctypes.c_int()
         status = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(most), self._function, self._config(0))
-        if status or not most.value:
+        if status:
+            raise self._failed(status, launch.grid)
+        if not most.value:
             raise DeviceError(
-                f"{launch.name} needs {launch.cluster} multiprocessors that work together and this GPU has none "
-                f"(CUDA driver error {status}); set CUPY_ATTN_PORTABLE=1 to do without."
+                f"{launch.name} needs {launch.cluster} multiprocessors that work together and this GPU has none; set "
+                "CUPY_ATTN_PORTABLE=1 to do without."
             )
         return most.value
+
+    def _failed(self, status: int, grid: int) -> DeviceError:
+        launch = self._launch
+        return DeviceError(
+            f"{launch.name} could not be launched (CUDA driver error {status}; grid {grid}, block {launch.threads}, "
+            f"{launch.smem_bytes} bytes of shared memory); an earlier error on this GPU is the usual cause, start the "
+            "process again."
+        )
 
     def bind(self, call: np.ndarray, stream: Any, maps: bytes = b"") -> Callable[[], None]:
         """Return a function that launches with what ``call`` holds then, on a CuPy stream.
@@ -110,7 +120,7 @@ class Launcher:
         maps : bytes
             Tensor maps of ``launch.boxes``, one after the other.
         """
-        launch, cuda_launch, function = self._launch, self._cuda_launch, self._function
+        cuda_launch, function = self._cuda_launch, self._function
         config = self._config(stream.ptr)
         config.grid[0] = self._grid
         held = ctypes.create_string_buffer(maps, len(maps))
@@ -122,10 +132,6 @@ class Launcher:
                 make_context_current()
                 status = cuda_launch(where, function, parameters, None)
             if status:
-                raise DeviceError(
-                    f"{launch.name} could not be launched (CUDA driver error {status}; grid {launch.grid}, block "
-                    f"{launch.threads}, {launch.smem_bytes} bytes of shared memory); an earlier error on this GPU is "
-                    "the usual cause, start the process again."
-                )
+                raise self._failed(status, self._grid)
 
         return run

@@ -38,11 +38,15 @@ class Attention:
         Index of the layer, where ``weights`` is a mapping; default 0.
     angles : {"float64", "float32"}
         Precision of the rotary angles. float32 is what transformers computes: ask for it to compare long contexts.
+    batch_invariant : bool
+        Whether a sequence's output must have the same bits whichever sequences, and however many, share the batch. Its
+        own calls still matter: a prompt in other chunks is summed up in another order. Costs time on the GPU where
+        sequences are few or many (docs/performance.md).
 
     Raises
     ------
     ConfigError, WeightsError
-        The config or the weights are not usable.
+        The config or the weights are not usable; or ``batch_invariant`` without a kernel for them on the GPU.
     DeviceError
         ``device="cuda"`` without a usable GPU.
 
@@ -74,6 +78,7 @@ class Attention:
         *,
         layer: int | None = None,
         angles: str = "float64",
+        batch_invariant: bool = False,
     ) -> None:
         self.config = config if isinstance(config, AttentionConfig) else AttentionConfig.from_dict(config)
         self.dtype = storage_dtype(dtype)
@@ -95,7 +100,8 @@ class Attention:
             raise DeviceError(problem)
         on_gpu = device != "cpu" and not problem
         backend = cuda.CudaBackend if on_gpu else CpuBackend
-        self._backend: Any = backend(self.config, self.weights, angles=angles)
+        self.batch_invariant = bool(batch_invariant)
+        self._backend: Any = backend(self.config, self.weights, angles=angles, batch_invariant=self.batch_invariant)
         self.device: str = self._backend.name
 
     def __repr__(self) -> str:

@@ -50,7 +50,8 @@ def tensor_map(address: int, columns: int, rows: int, box_rows: int, *, by_quads
     """
     aligned = np.zeros(MAP_BYTES + 64, np.uint8)
     start = -aligned.ctypes.data % 64
-    # Dimensions from the innermost: columns, then rows; or their e, q, j and how many 32 of them.
+    # Dimensions from the innermost: columns, then rows; or their e, q, j and how many 32 of them. The driver's page has
+    # strides grow from one to the next; what it refuses is others than multiples of 16 bytes (driver 580 takes these).
     sizes, steps, box = [columns, rows], [1], [BOX_COLUMNS, box_rows]
     if by_quads:
         sizes, steps, box = [columns, 2, 4, 4, rows // 32], [1, 8, 2, 32], [BOX_COLUMNS, 2, 4, 4, box_rows // 32]

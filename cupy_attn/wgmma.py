@@ -93,7 +93,7 @@ def prefill(
     """Return the launches of a call of S tokens a sequence, those of ``launch.prefill`` where these do not fit."""
     first, middle, last = launch.prefill(config, shape, limits, batch, seq, past_tiles=past_tiles, collect=collect)
     rows = batch * seq
-    if projects(config, shape, limits, rows, collect=collect):
+    if projects(config, shape, limits, seq if shape.batch_invariant else rows, collect=collect):
         past = past_tiles * launch.PAST_ROWS * batch * config.num_key_value_heads
         first, last = project_qkv(config, shape, limits, rows, past), project_output(config, shape, limits, rows)
     if attends(shape, limits, seq, collect=collect):

@@ -1,13 +1,14 @@
-// Attention of one new token a sequence: the keys are shared out among blocks, cached K is normalised and rotated as it
-// is read, and the block that finishes last for a head adds up what the others found.
+// Attention of one new token a sequence, or a few: the keys are shared out among blocks, cached K is normalised and rotated
+// as it is read, and the block that finishes last for a head adds up what the others found.
 //   k' = rope(rms_norm(k) w_k);   s = q' k'^T score_scale;   attention = sum_t 2^(s_t - max s) v_t / sum_t 2^(s_t - max s)
-// The new token's k and v are rounded to the storage dtype, appended to the cache and attended to like the rest.
+// The new tokens' k and v are rounded to the storage dtype, appended to the cache and attended to like the rest, by those
+// of them that come no earlier.
 //
 // Every block takes an equal run of all tiles of 16 keys (shares.cuh). Where a run crosses from one head to the next the
 // block sums up each on its own. Warps take the tiles in turns, each with a ring of its own and no barrier before the
 // head's end.
 //
-// Everything but the new token is in the cache when this kernel begins (decode_project.cu sees to that), so it looks up
+// Everything but the new tokens is in the cache when this kernel begins (decode_project.cu sees to that), so it looks up
 // its run and copies its first tiles before it waits for q, k and v.
 //
 // Rotations only matter relative to each other: the query is rotated by its distance from a tile's first key, and the keys
@@ -15,18 +16,19 @@
 // gaps and span more takes a pass for every 16 positions.
 //
 // Grid: a block a multiprocessor; block 32 WARPS threads. Shared memory: see Shared below. -D: those of call.cuh,
-// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES. Memory bound: one read of K and V. Next come the instructions that
-// make k', so scores are k' q'^T and sums v^T p^T: keys and dims are the rows of products, query heads, of which there are
-// few, the columns. Even squares of keys are products: the diagonal of k k^T.
+// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT (shares.cuh). Memory bound: one read of K and
+// V. Next come the instructions that make k', so scores are k' q'^T and sums v^T p^T: keys and dims are the rows of
+// products, queries, of which there are few, the columns. Even squares of keys are products: the diagonal of k k^T.
 #include "reduce.cuh"
 #include "rope.cuh"
 #include "shares.cuh"
 #include "storage.cuh"
 
 constexpr int THREADS = 32 * WARPS;
-// A thread of decode_project.cu has 112: both kernels fit a multiprocessor, and this one begins before that ends. bfloat16
-// would spill, and lost more by that (0.6B, batch 8, 4,096 tokens on an H100: 89 us a layer against 74).
-constexpr int MOST_REGISTERS = HEAD_DIM > 128 || HEAD_TILES == 2 || !OVERLAPPING ? 255 : 168;
+// A thread of decode_project.cu has 88: both kernels fit a multiprocessor, and this one begins before that ends.
+// More than 8 warps are 3 to a quarter of a multiprocessor, which has registers for 168 of each of their threads.
+constexpr bool SHORT_OF_REGISTERS = OVERLAPPING && (WARPS > 8 || (HEAD_DIM <= 128 && HEAD_TILES == 1 && IS_ONE));
+constexpr int MOST_REGISTERS = SHORT_OF_REGISTERS ? 168 : 255;
 constexpr int STAGES = 2;             // tiles of a warp's ring
 constexpr int STRIDE = HEAD_DIM + 8;  // of q': an odd number of 16-byte pieces, so that ldmatrix meets no bank twice
 constexpr bool SWIZZLED = HEAD_DIM % 64 == 0;
@@ -81,13 +83,6 @@ __device__ __forceinline__ int work_out_here(int value) {
     return value;
 }
 
-// Add one and return what was there before. What the block wrote ahead of a barrier, others see who count later.
-__device__ __forceinline__ int count_in_order(int* counter) {
-    int before;
-    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
-    return before;
-}
-
 // Write what does not depend on tokens, a thread for each pair of dims, or several.
 __device__ __forceinline__ void make_tables(const Call& call, Shared& shared) {
     constexpr int LANES = THREADS / PAIRS > 0 ? THREADS / PAIRS : 1;
@@ -128,12 +123,13 @@ attend_decode(const __grid_constant__ Call call)
     extern __shared__ __align__(512) char smem[];  // sizeof(Shared), rows at multiples of their length; see launch.py
     Shared& shared = *reinterpret_cast<Shared*>(smem);
     __shared__ bool is_last;
-    __shared__ int2 runs;  // of a head: the first block that has a part in it, and how many have
+    __shared__ int2 runs;  // of a head: the first block, or piece, that has a part in it, and how many have
 
     let_next_kernel_begin();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
     const int group = call.num_q_heads / call.num_kv_heads;
-    const int heads_a_sequence = call.num_kv_heads * ((group + ROWS - 1) / ROWS);
+    const int queries = IS_ONE ? group : group * call.seq;  // of a KV head and sequence
+    const int heads_a_sequence = call.num_kv_heads * ((queries + ROWS - 1) / ROWS);
     const SequenceTiles mine = sequence_tiles(call, lane);
     make_tables(call, shared);  // ahead of the copies: its loads would stand in line behind them
     const Shares shares = share_out(call, heads_a_sequence, mine);
@@ -143,10 +139,12 @@ attend_decode(const __grid_constant__ Call call)
         return;
     }
 
-    // Copying: `ahead` is up to STAGES tiles before the one in use.
-    const auto qkv_of = [&](int b) {
-        return call.qkv + static_cast<long long>(b) * (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
+    // q, k and v of a new token.
+    const auto qkv_of = [&](int b, int token) {
+        const int m = IS_ONE ? b : b * call.seq + token;
+        return call.qkv + static_cast<long long>(m) * (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
     };
+    // Copying: `ahead` is up to STAGES tiles before the one in use.
     const auto copy = [&](const Cursor& to, int stage, bool is_v) {
         STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
         const STORAGE* const source = is_v ? call.v_cache + (to.k - call.k_cache) : to.k;
@@ -166,7 +164,7 @@ attend_decode(const __grid_constant__ Call call)
 #pragma unroll 1
             for (int i = lane; i < TILE * PIECES; i += 32) {
                 const int row = i / PIECES, piece = i % PIECES, slot = to.slot + row;
-                if (slot != to.past)  // that one is new
+                if (slot < to.past || slot >= to.past + to.count)  // others are new
                     copy16_async(target + place_of(row, piece), source + (i - lane) * 8, slot < to.past);
             }
         }
@@ -174,25 +172,31 @@ attend_decode(const __grid_constant__ Call call)
     // The position of this lane's key of a tile, past L1. It is not needed before the tile is, one or two tiles later.
     const auto position_of = [&](const Cursor& to) {
         const int slot = to.slot + lane % TILE;
+        if (!IS_ONE && slot >= to.past && slot < to.past + to.count) return new_position(call, to.b, to.past, slot - to.past);
         return slot < to.past ? __ldcg(call.cached_positions + static_cast<long long>(to.b) * call.capacity + slot) : 0;
     };
-    // Append the new token, if it belongs to the tile, to the cache and to the tile.
+    // Append the new tokens that belong to the tile to the cache and to the tile.
     const auto append = [&](const Cursor& to, int stage, bool is_v) {
         if (to.past - to.slot >= TILE) return;
         // Few tiles come this far: no part of it is to be worked out ahead of that.
-        const int past = work_out_here(to.past), row = past - to.slot, kv_head_idx = work_out_here(to.kv_head_idx);
-        const int position = new_position(call, to.b, past, 0);
+        const int past = work_out_here(to.past), kv_head_idx = work_out_here(to.kv_head_idx);
+        const int position = new_position(call, to.b, past, to.count - 1);
         const bool keep = to.first_row == 0 && position < call.max_position;  // one block of a group does
         STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
-        const float* source = qkv_of(to.b) + (call.num_q_heads + (is_v ? call.num_kv_heads : 0) + kv_head_idx) * HEAD_DIM;
-        STORAGE* const cached =
-            (is_v ? call.v_cache : call.k_cache) +
-            ((static_cast<long long>(to.b) * call.num_kv_heads + kv_head_idx) * call.capacity + past) * HEAD_DIM;
-        for (int piece = lane; piece < PIECES; piece += 32) {
-            float values[VECTOR];
-            load8(source + piece * 8, values);
-            store8(target + place_of(row, piece), values);
-            if (keep) store8(cached + piece * 8, values);
+        STORAGE* const cached = (is_v ? call.v_cache : call.k_cache) +
+                                (static_cast<long long>(to.b) * call.num_kv_heads + kv_head_idx) * call.capacity * HEAD_DIM;
+        const int end = IS_ONE ? past + 1 : min(past + to.count, to.slot + TILE);
+#pragma unroll 1
+        for (int slot = IS_ONE ? past : max(past, to.slot); slot < end; ++slot) {
+            const float* source = qkv_of(to.b, slot - past) +
+                                  (call.num_q_heads + (is_v ? call.num_kv_heads : 0) + kv_head_idx) * HEAD_DIM;
+            for (int piece = lane; piece < PIECES; piece += 32) {
+                float values[VECTOR];
+                load8(source + piece * 8, values);
+                store8(target + place_of(slot - to.slot, piece), values);
+                if (keep) store8(cached + static_cast<long long>(slot) * HEAD_DIM + piece * 8, values);
+            }
+            if (IS_ONE) break;
         }
     };
     Cursor ahead = at;
@@ -202,7 +206,8 @@ attend_decode(const __grid_constant__ Call call)
     };
 
     // Fill the ring; the second time, with the new tokens that come from the kernel before this one.
-    int new_at = 0, next_position = 0, later_position = 0;  // positions of the keys of the next tile and the one after
+    int new_at = 0;  // position of the last new token
+    int next_position = 0, later_position = 0;  // of the keys of the next tile and the one after
 #pragma unroll 1
     for (int pass = 0; pass < 2; ++pass) {
         ahead = at, more = true;
@@ -220,21 +225,23 @@ attend_decode(const __grid_constant__ Call call)
             if (more) go_on(ahead);
         }
         if (pass == 0) {
-            new_at = new_position(call, at.b, at.past, 0);
+            new_at = new_position(call, at.b, at.past, at.count - 1);
             wait_for_previous_kernel();
         }
     }
 
-    // Normalise the queries of a head, a warp to a row.
+    // Normalise the queries of a head, a warp to a row; and rotate those of earlier tokens as if they stood where the
+    // last does, distances being positive; or, where angles must be those of transformers, each to its own place.
     const auto normalise_queries = [&](const Cursor& to) {
-        const int rows = min(ROWS, group - to.first_row);
-        const float* q = qkv_of(to.b) + (to.kv_head_idx * group + to.first_row) * HEAD_DIM;
+        const int rows = min(ROWS, (IS_ONE ? group : group * to.count) - to.first_row);  // less those of padding
         for (int r = warp; r < ROWS; r += WARPS) {  // zeros past the last
+            const int query = to.first_row + r, token = IS_ONE ? 0 : query / group;
+            const float* const q = qkv_of(to.b, token) + (to.kv_head_idx * group + query - token * group) * HEAD_DIM;
             float values[(HEAD_DIM + 31) / 32], sum_squares = 0.0f;
 #pragma unroll
             for (int i = 0; i < (HEAD_DIM + 31) / 32; ++i) {
                 const int d = lane + 32 * i;
-                values[i] = r < rows && d < HEAD_DIM ? q[r * HEAD_DIM + d] : 0.0f;
+                values[i] = r < rows && d < HEAD_DIM ? q[d] : 0.0f;
                 sum_squares += values[i] * values[i];
             }
             const float rstd = rsqrtf(warp_sum(sum_squares) * (1.0f / HEAD_DIM) + call.eps);
@@ -242,6 +249,23 @@ attend_decode(const __grid_constant__ Call call)
             for (int i = 0; i < (HEAD_DIM + 31) / 32; ++i) {
                 const int d = lane + 32 * i;
                 if (d < HEAD_DIM) shared.q_norm[r * HEAD_DIM + d] = values[i] * rstd * call.q_norm[d];
+            }
+            if (!IS_ONE && token < to.count) {
+                __syncwarp();
+                const int position = new_position(call, to.b, to.past, token);
+                float* const low = shared.q_norm + r * HEAD_DIM;
+#pragma unroll 1
+                for (int pair = lane; pair < PAIRS; pair += 32) {
+                    const uint2 frequency = reinterpret_cast<const uint2*>(call.frequency)[pair];
+                    float cosine, sine;
+#ifdef FLOAT32_ANGLES
+                    rotation(position, frequency, cosine, sine);
+#else
+                    rotation(new_position(call, to.b, to.past, to.count - 1) - position, frequency, cosine, sine);
+                    sine = -sine;
+#endif
+                    rotate(low[pair], low[pair + PAIRS], cosine, sine);
+                }
             }
         }
     };
@@ -252,7 +276,7 @@ attend_decode(const __grid_constant__ Call call)
     bool has_room = false;    // in the ring, for another tile
     bool is_k_ahead = false;  // the k of that tile has been asked for
     while (true) {
-        const int rows = min(ROWS, group - at.first_row);
+        const int rows = min(ROWS, queries - at.first_row);
 
         // Rotate the queries for a tile whose first key is `distance` behind them.
         const auto rotate_queries = [&](int distance) {
@@ -285,8 +309,8 @@ attend_decode(const __grid_constant__ Call call)
         };
 
         if (threadIdx.x == 0) {  // while keys are on their way
-            runs.x = at.begin / shares.size;
-            runs.y = (at.begin + at.width - 1) / shares.size - runs.x + 1;
+            runs.x = BY_PIECES ? at.begin : at.begin / shares.size;
+            runs.y = BY_PIECES ? at.width : (at.begin + at.width - 1) / shares.size - runs.x + 1;
         }
 
         float out[HEAD_TILES][D_BLOCKS / 2][4];  // [.][16 dims]: dims l / 4 and 8 more, heads 2 (l % 4) + {0, 1}
@@ -298,7 +322,23 @@ attend_decode(const __grid_constant__ Call call)
                 for (int e = 0; e < 4; ++e) out[t][j][e] = 0.0f;
         // Of heads 8 t + 2 (l % 4) + {0, 1}: what scores are taken relative to, and the sum of this lane's weights.
         float shift[HEAD_TILES][2] = {}, sum[HEAD_TILES][2] = {};
-        bool nothing_seen = true;
+        // Whether no key was seen yet: one new token sees all that are; of several, and by window, each its own.
+        bool nothing_seen[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
+        int seen_from[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
+        const auto token_of = [&](int t, int e) {
+            return IS_ONE ? 0 : min((at.first_row + 8 * t + 2 * quad + e) / group, at.count - 1);
+        };
+#pragma unroll
+        for (int t = 0; t < (IS_ONE ? 1 : HEAD_TILES); ++t)
+#pragma unroll
+            for (int e = 0; e < (IS_ONE ? 1 : 2); ++e) {
+                nothing_seen[t][e] = true;
+#ifdef WINDOW
+                seen_from[t][e] = (IS_ONE ? new_at : new_position(call, at.b, at.past, token_of(t, e))) - call.window + 1;
+#else
+                seen_from[t][e] = 0;
+#endif
+            }
 
         const bool has_tiles = at.slot < at.end;
 #pragma unroll 1
@@ -318,8 +358,8 @@ attend_decode(const __grid_constant__ Call call)
             __syncwarp();
             const STORAGE* const k_smem = shared.ring[warp][stage].k;
             const STORAGE* const v_smem = shared.ring[warp][stage].v;
-            const int last = min(TILE - 1, at.past - at.slot);  // key
-            const int own_position = at.slot + lane % TILE == at.past ? new_at : next_position;
+            const int last = min(TILE - 1, at.past + at.count - 1 - at.slot);  // key
+            const int own_position = IS_ONE && at.slot + lane % TILE == at.past ? new_at : next_position;
             next_position = later_position;
             const int first_position = __shfl_sync(0xffffffffu, own_position, 0);
             const int last_position = __shfl_sync(0xffffffffu, own_position, last);
@@ -351,14 +391,12 @@ attend_decode(const __grid_constant__ Call call)
                 rstd[n] = rsqrtf(rstd[n] * (1.0f / HEAD_DIM) + call.eps);
                 offsets[n] = __shfl_sync(0xffffffffu, own_position, n * 8 + lane / 4);
             }
-#ifdef WINDOW
-            const int seen_from = new_at - call.window + 1;
-#else
-            const int seen_from = 0;
-#endif
-            bool is_hidden[2];
-#pragma unroll
-            for (int n = 0; n < 2; ++n) is_hidden[n] = n * 8 + lane / 4 > last || offsets[n] < seen_from;
+            const bool has_new = at.slot + TILE > at.past;
+            const auto is_hidden = [&](int n, int t, int e) {
+                const int key = n * 8 + lane / 4;
+                if (IS_ONE) return key > last || offsets[n] < seen_from[0][0];
+                return (has_new && at.slot + key > at.past + token_of(t, e)) || offsets[n] < seen_from[t][e];
+            };
 
             // The table spans TILE positions: keys further apart than that take several passes.
 #ifndef FLOAT32_ANGLES
@@ -369,7 +407,11 @@ attend_decode(const __grid_constant__ Call call)
                 constexpr int base = 0;
                 constexpr bool gaps = false;
 #endif
+#ifdef FLOAT32_ANGLES
+                rotate_queries(IS_ONE ? new_at : 0);
+#else
                 rotate_queries(new_at - base);
+#endif
                 __syncwarp();
                 if (at.slot + WARPS * TILE < at.end && !is_k_ahead) {  // the last tile makes room for what the warp found
                     if (more) {
@@ -435,15 +477,13 @@ attend_decode(const __grid_constant__ Call call)
                         multiply_add(scores[t], k_frag, q[0][two], q[0][two + 1]);
                     }
                 }
-                bool skip[2];
-#pragma unroll
-                for (int n = 0; n < 2; ++n)
-                    skip[n] = is_hidden[n] || (gaps && static_cast<unsigned>(offsets[n] - base) >= TILE);
 #pragma unroll
                 for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
                     for (int e = 0; e < 4; ++e)
-                        if (skip[e / 2]) scores[t][e] = MINUS_INFINITY;
+                        if (is_hidden(e / 2, IS_ONE ? 0 : t, IS_ONE ? 0 : e % 2) ||
+                            (gaps && static_cast<unsigned>(offsets[e / 2] - base) >= TILE))
+                            scores[t][e] = MINUS_INFINITY;
 
                 // Weights are relative to a score that was the largest once; it is raised when that is MOST too small.
                 float weights[HEAD_TILES][4];
@@ -454,12 +494,17 @@ attend_decode(const __grid_constant__ Call call)
 #pragma unroll
                         for (int e = 0; e < 4; ++e) {
                             weights[t][e] = fmaf(scores[t][e], call.score_scale, -shift[t][e % 2]);
-                            most = fmaxf(most, weights[t][e]);
+                            // Rows past the last have what was left of another head.
+                            if (!BY_PIECES || 8 * t + 2 * quad + e % 2 < rows) most = fmaxf(most, weights[t][e]);
                         }
                     return most;
                 };
-                const bool raise = weigh() > MOST;
-                if (__any_sync(0xffffffffu, raise || nothing_seen)) {
+                bool raise = weigh() > MOST;
+#pragma unroll
+                for (int t = 0; t < (IS_ONE ? 1 : HEAD_TILES); ++t)
+#pragma unroll
+                    for (int e = 0; e < (IS_ONE ? 1 : 2); ++e) raise = raise || nothing_seen[t][e];
+                if (__any_sync(0xffffffffu, raise)) {
                     bool seen = false;
 #pragma unroll
                     for (int t = 0; t < HEAD_TILES; ++t)
@@ -470,15 +515,17 @@ attend_decode(const __grid_constant__ Call call)
                             for (int lanes = 4; lanes < 32; lanes *= 2)
                                 most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, lanes));
                             const float before = shift[t][e];
-                            if (most > MINUS_INFINITY && (nothing_seen || most > 0.0f)) shift[t][e] += most;
+                            bool& nothing = nothing_seen[IS_ONE ? 0 : t][IS_ONE ? 0 : e];
+                            if (most > MINUS_INFINITY && (nothing || most > 0.0f)) shift[t][e] += most;
                             seen = seen || most > MINUS_INFINITY;
-                            const float shrink = nothing_seen ? 0.0f : exp2f(before - shift[t][e]);
+                            const float shrink = nothing ? 0.0f : exp2f(before - shift[t][e]);
                             sum[t][e] *= shrink;
-                            if (nothing_seen) continue;
+                            if (!IS_ONE) nothing = nothing && !(most > MINUS_INFINITY);
+                            if (IS_ONE && nothing) continue;
 #pragma unroll
                             for (int j = 0; j < D_BLOCKS / 2; ++j) out[t][j][e] *= shrink, out[t][j][e + 2] *= shrink;
                         }
-                    nothing_seen = nothing_seen && !__any_sync(0xffffffffu, seen);
+                    if (IS_ONE) nothing_seen[0][0] = nothing_seen[0][0] && !__any_sync(0xffffffffu, seen);
                     weigh();
                 }
 
@@ -546,15 +593,21 @@ attend_decode(const __grid_constant__ Call call)
                 // The sign says where the sums are: in the first tile of the ring or the second.
                 if (lane < 4)
                     shared.found[warp][8 * t + 2 * quad + e] = make_float2(
-                        nothing_seen ? MINUS_INFINITY : shift[t][e], stage == 0 ? -sum[t][e] : sum[t][e]);
+                        nothing_seen[IS_ONE ? 0 : t][IS_ONE ? 0 : e] ? MINUS_INFINITY : shift[t][e],
+                        stage == 0 ? -sum[t][e] : sum[t][e]);
             }
         }
         __syncthreads();
         const int first_run = runs.x, num_runs = runs.y, head_idx = at.b * heads_a_sequence + at.head;
-        __half* const attention = call.attention + (static_cast<long long>(at.b) * call.num_q_heads +
-                                                    at.kv_head_idx * group + at.first_row) * HEAD_DIM;
+        const auto attention_of = [&](int i) {  // of element i of the queries, one after the other
+            const int query = at.first_row + i / HEAD_DIM, token = IS_ONE ? 0 : query / group;
+            const long long m = IS_ONE ? at.b : static_cast<long long>(at.b) * call.seq + token;
+            const int head_idx = at.kv_head_idx * group + query - token * group;
+            return call.attention + (m * call.num_q_heads + head_idx) * HEAD_DIM + i % HEAD_DIM;
+        };
         float* const parts = call.partial + static_cast<long long>(first_run + head_idx) * PART;
-        float* const own_part = parts + static_cast<long long>(blockIdx.x - first_run) * PART;
+        const int own_run = BY_PIECES ? at.piece : static_cast<int>(blockIdx.x) - first_run;
+        float* const own_part = parts + static_cast<long long>(own_run) * PART;
         for (int i = threadIdx.x; i < rows * HEAD_DIM; i += THREADS) {
             const int r = i / HEAD_DIM, d = i % HEAD_DIM;
             float largest = MINUS_INFINITY, value = 0.0f, sum = 0.0f;
@@ -574,7 +627,7 @@ attend_decode(const __grid_constant__ Call call)
                 sum += weight * fabsf(found.y);
             }
             if (num_runs == 1) {
-                attention[i] = __float2half_rn(value / sum * call.v_scale);
+                *attention_of(i) = __float2half_rn(value / sum * call.v_scale);
             } else {
                 own_part[i] = value;
                 if (d == 0) reinterpret_cast<float2*>(own_part + ROWS * HEAD_DIM)[r] = make_float2(largest, sum);
@@ -584,7 +637,7 @@ attend_decode(const __grid_constant__ Call call)
         const bool goes_on = at.left > 0 && next_head(call, heads_a_sequence, next);
         if (goes_on) {
             normalise_queries(next);
-            new_at = new_position(call, next.b, next.past, 0);
+            new_at = new_position(call, next.b, next.past, next.count - 1);
         }
         __syncthreads();
         if (num_runs > 1) {
@@ -624,7 +677,7 @@ attend_decode(const __grid_constant__ Call call)
                             sum += weight * of_run[u].y;
                         }
                     }
-                    attention[i] = __float2half_rn(value / sum * call.v_scale);
+                    *attention_of(i) = __float2half_rn(value / sum * call.v_scale);
                 }
             }
         }

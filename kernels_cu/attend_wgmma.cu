@@ -252,7 +252,9 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
 #pragma unroll 1
     for (int n = 0;; ++n) {
         barrier_wait(&barriers.q_full[n % 2], n / 2 % 2);
-        const Tile tile = tiles[n % 2];
+        Tile tile = {};
+        if (lane == 0) tile = tiles[n % 2];  // the lane that will say that q, and with it this, may go
+        tile = {uniform(tile.first_place), uniform(tile.num_keys), uniform(tile.first_row), uniform(tile.q_head)};
         if (tile.num_keys == 0) return;
         const int key_tiles = tile.key_tiles(), end = i + tile.steps(call);
         // Of steps with a key that some row precedes.

@@ -31,7 +31,7 @@ struct Call {
     int* fault;             // [1], set if a replayed graph runs past the cache or the model's positions
     // Scratch, shared by the layers of a stream.
     int2* rows;         // [B S], x: place in the cache, or PADDING, or FAULT; y: position
-    __half* hidden;     // [B S, 1 or 2 parts, H]
+    __half* hidden;     // [B S, 2 parts, H]
     __half* q;          // [PARTS, B S, Hq, D]
     __half* k;          // [PARTS, B, Hkv, scratch_capacity, D]
     __half* v;          // [B, Hkv, scratch_capacity, D], where storage is not float16
@@ -92,8 +92,15 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 #endif
 }
 
+// Add one and return what was there before. What the block wrote ahead of a barrier, others see who count later.
+__device__ __forceinline__ int count_in_order(int* counter) {
+    int before;
+    asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
+    return before;
+}
+
 constexpr int PADDING = -1;  // a row past its sequence's num_tokens
-constexpr int FAULT = -2;    // a row that does not fit
+constexpr int FAULT = -2;    // a token of a sequence that does not fit
 
 __device__ constexpr bool is_float16(__half*) { return true; }
 __device__ constexpr bool is_float16(__nv_bfloat16*) { return false; }
@@ -137,7 +144,8 @@ __device__ __forceinline__ int2 describe_row(const Call& call, int m, const Sequ
         call.cached_positions[static_cast<long long>(b) * call.capacity + slot] = position;
         return call.rows[m] = make_int2(slot, position);
     }
-    return call.rows[m] = make_int2(s.fault ? FAULT : PADDING, 0);
+    const bool is_token = call.num_tokens == nullptr || t < __ldcg(call.num_tokens + b);
+    return call.rows[m] = make_int2(s.fault && is_token ? FAULT : PADDING, 0);
 }
 
 // Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more.

@@ -27,7 +27,7 @@ decode_output(const __grid_constant__ Call call)
     gemv::Rows<TILES, UNROLL> w(call.o_proj + static_cast<long long>(first) * k_size, call.hidden_size - first, k_size);
     wait_for_previous_kernel();
     const int b = threadIdx.x / ROWS, n = first + threadIdx.x % ROWS;
-    const bool mine = threadIdx.x < ROWS * gemv::MAX_VECTORS && b < call.batch && n < call.hidden_size;
+    const bool mine = threadIdx.x < ROWS * gemv::MAX_VECTORS && b < call.batch * call.seq && n < call.hidden_size;
     const long long at = static_cast<long long>(b) * call.hidden_size + n;
     float more = 0.0f;
     int slot = 0;
@@ -38,7 +38,7 @@ decode_output(const __grid_constant__ Call call)
     }
     w.multiply<1, UNROLL>(sums, [&](int k, uint4 (&parts)[1]) {
         parts[0] = make_uint4(0, 0, 0, 0);
-        if (m < call.batch && k < k_size) parts[0] = *reinterpret_cast<const uint4*>(vector + k);
+        if (m < call.batch * call.seq && k < k_size) parts[0] = *reinterpret_cast<const uint4*>(vector + k);
     });
     __syncthreads();
     if (mine) {

@@ -1,15 +1,14 @@
 // RMSNorm and QKV projection for up to 8 tokens.
-//   qkv = (x / rms(x) * w_in) Wqkv^T + bias          float32 [B, (Hq + 2 Hkv) D]; the norms of heads follow on reading
+//   qkv = (x / rms(x) * w_in) Wqkv^T + bias          float32 [B S, (Hq + 2 Hkv) D]; the norms of heads follow on reading
 //
 // Grid (pieces of ROWS rows of Wqkv, and one block that describes the rows of x), block 256 threads; every block
 // normalises every token for itself. Hidden states are high and low halves, so nothing is lost to rounding. Shared memory:
-// w_in, float [H rounded up to 32], and x, STORAGE [B, stride_of(H)]. -D: those of call.cuh. Memory bound: one read of
+// w_in, float [H rounded up to 32], and x, STORAGE [B S, stride_of(H)]. -D: those of call.cuh, TILES. Memory bound: one read of
 // Wqkv, most of it before the kernel ahead has ended.
 #include "call.cuh"
 #include "gemv.cuh"
 #include "storage.cuh"
 
-constexpr int TILES = 4;
 constexpr int ROWS = gemv::TILE * TILES;  // of a block
 constexpr int UNROLL = 3;
 
@@ -25,6 +24,7 @@ decode_project(const __grid_constant__ Call call)
     extern __shared__ __align__(16) float input_norm[];
     __shared__ __align__(16) float sums[gemv::WARPS * ROWS * gemv::MAX_VECTORS];
     __shared__ __align__(16) float squares[gemv::MAX_VECTORS][gemv::WARPS];
+    const int num_tokens = call.batch * call.seq;
     const int size = call.hidden_size, stride = stride_of(size);
     STORAGE* const x_smem = reinterpret_cast<STORAGE*>(input_norm + (size + 31) / 32 * 32);
     const int total_rows = (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
@@ -32,7 +32,7 @@ decode_project(const __grid_constant__ Call call)
     if (blockIdx.x == gridDim.x - 1) {
         wait_for_previous_kernel();
         let_next_kernel_begin();
-        if (threadIdx.x < call.batch) describe_row(call, threadIdx.x, sequence(call, threadIdx.x));
+        if (threadIdx.x < num_tokens) describe_row(call, threadIdx.x, sequence(call, threadIdx.x / call.seq));
         return;
     }
     const int warp = threadIdx.x / 32, m = threadIdx.x % 32 / 4;
@@ -43,7 +43,7 @@ decode_project(const __grid_constant__ Call call)
     // Not before: attend_decode reads lengths and cached keys at once, so all calls before this one must have ended.
     let_next_kernel_begin();
     const int pieces = size / VECTOR;
-    for (int b = warp; b < call.batch; b += gemv::WARPS)
+    for (int b = warp; b < num_tokens; b += gemv::WARPS)
         for (int i = threadIdx.x % 32; i < pieces; i += 32)
             copy16_async(x_smem + b * stride + i * VECTOR,
                          call.x + (static_cast<long long>(b) * pieces + i) * VECTOR, true);
@@ -55,7 +55,7 @@ decode_project(const __grid_constant__ Call call)
 #pragma unroll 1  // kernels this short spend their time on fetching instructions
     for (int k = gemv::first_k(warp); k < size; k += gemv::STEP * gemv::WARPS) {
         float values[VECTOR] = {};
-        if (m < call.batch) load8(x_smem + m * stride + k, values);
+        if (m < num_tokens) load8(x_smem + m * stride + k, values);
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) sum_squares += values[j] * values[j];
     }
@@ -69,7 +69,7 @@ decode_project(const __grid_constant__ Call call)
 
     w.multiply<2, 1>(sums, [&](int k, uint4 (&parts)[2]) {
         float values[VECTOR] = {}, scale[VECTOR];
-        if (m < call.batch && k < size) {
+        if (m < num_tokens && k < size) {
             load8(x_smem + m * stride + k, values);
             load8(input_norm + k, scale);
 #pragma unroll
@@ -86,8 +86,8 @@ decode_project(const __grid_constant__ Call call)
     });
     __syncthreads();
     const int b = threadIdx.x / ROWS, n = first + threadIdx.x % ROWS;
-    static_assert(ROWS * gemv::MAX_VECTORS == gemv::THREADS, "a thread to a sum");
-    if (b < call.batch && n < total_rows)
+    static_assert(ROWS * gemv::MAX_VECTORS <= gemv::THREADS, "a thread to a sum");
+    if (b < num_tokens && n < total_rows)
         call.qkv[static_cast<long long>(b) * total_rows + n] =
             gemv::sum_of_warps<TILES>(sums, threadIdx.x) * call.qkv_unscale +
             (call.qkv_bias != nullptr ? call.qkv_bias[n] : 0.0f);

@@ -5,6 +5,7 @@
 // column_of<8>(j, quad, e). Copies for the next tile begin before this one is stored. CLUSTER (-D) blocks with rows below each
 // other share W: each copies a part of its rows to all, so that L2 is read less often.
 #pragma once
+#include "call.cuh"
 #include "wgmma.cuh"
 
 namespace gemm {
@@ -149,7 +150,8 @@ struct Consumer {
 
     // The sums of its rows over so many buffers. Tensor cores cut off what does not fit a float32 sum. With Exact the sums of
     // 32 products are added up outside them, rounded to nearest: eight times closer, for twice the registers.
-    // `meanwhile` is done a few steps before the end, to load what comes after; a buffer of x has been waited for by then.
+    // `meanwhile` is done a few steps before the end, or after it with Exact, to load what comes after; a buffer of x has been
+    // waited for by then.
     template <bool Exact, typename Meanwhile>
     __device__ __forceinline__ void multiply(int steps, Sums& sums, Meanwhile meanwhile) {
         if constexpr (Exact) {
@@ -196,16 +198,47 @@ struct Consumer {
     }
 };
 
+// The rows of tiles that a cluster has, and which of them are not padding alone. Shared memory.
+struct RowTiles {
+    static constexpr int MOST = 400;  // what is static must fit 1 KB: wgmma.py
+    int count;  // of those that are not, which come first in `order`, the others last
+    short order[MOST];
+
+    static __device__ __forceinline__ bool is_padding(const Call& call, int first) {
+        const int end = min(first + CLUSTER_ROWS, call.batch * call.seq);
+        for (int b = first / call.seq; b * call.seq < end; ++b)
+            if (max(first - b * call.seq, 0) < __ldcg(call.num_tokens + b)) return false;
+        return true;
+    }
+
+    // One warp does this, once kernels before have ended.
+    __device__ __forceinline__ void find(const Call& call, int num_tiles) {
+        const int lane = threadIdx.x % 32;
+        int used = 0;
+        for (int first = 0; first < num_tiles; first += 32) {
+            const int tile = first + lane;
+            const unsigned in_use = __ballot_sync(0xffffffffu, tile < num_tiles && !is_padding(call, tile * CLUSTER_ROWS));
+            const int before = __popc(in_use & ((1u << lane) - 1));
+            if (tile < num_tiles)
+                order[in_use >> lane & 1 ? used + before : num_tiles - 1 - (first - used + lane - before)] =
+                    static_cast<short>(tile);
+            used += __popc(in_use);
+        }
+        if (lane == 0) count = used;
+    }
+};
+
 // Tiles of the result in an order in which GROUP rows of tiles share tiles of W while they are in L2.
 struct Place {
     int m, n;  // in tiles of a block
 };
 
-__device__ __forceinline__ Place place_of(int tile, int m_tiles, int n_tiles) {
+// `order`: of rows of tiles, if it is not their own.
+__device__ __forceinline__ Place place_of(int tile, int m_tiles, int n_tiles, const short* order) {
     constexpr int GROUP = 16 / CLUSTER;
     const int group = tile / (GROUP * n_tiles), in_group = tile % (GROUP * n_tiles);
-    const int rows = min(GROUP, m_tiles - group * GROUP);
-    return {(group * GROUP + in_group % rows) * CLUSTER + rank(), in_group / rows};
+    const int rows = min(GROUP, m_tiles - group * GROUP), m = group * GROUP + in_group % rows;
+    return {(order == nullptr ? m : order[m]) * CLUSTER + rank(), in_group / rows};
 }
 
 }  // namespace gemm

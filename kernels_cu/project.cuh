@@ -76,11 +76,9 @@ __device__ __forceinline__ void normalise_rows(const Call& call, const Sequence&
 #endif
             __half* target = call.hidden + HIDDEN_PARTS * row_start + v * VECTOR;
             store8(target, values);
-            if (HIDDEN_PARTS == 2) {
 #pragma unroll
-                for (int j = 0; j < VECTOR; ++j) values[j] -= __half2float(__float2half_rn(values[j]));
-                store8(target + call.hidden_size, values);
-            }
+            for (int j = 0; j < VECTOR; ++j) values[j] -= __half2float(__float2half_rn(values[j]));
+            store8(target + call.hidden_size, values);
         };
 #pragma unroll
         for (int i = 0; i < Held; ++i)
@@ -208,11 +206,11 @@ __device__ __forceinline__ int dim_of(int block, int element) {
     return column_of<VEC>(block, threadIdx.x % 4, element);
 }
 
-// Store a head's values as T, if they are valid; with `rest`, what rounding to T left over. All lanes of a warp are here.
+// Store a head's values as T, if they are valid; with `rest`, what rounding to T left over.
 template <typename T>
 __device__ __forceinline__ void store_head(T* head, const Values& values, bool valid, bool rest = false) {
-    constexpr bool BY_QUAD = VEC == 2 && HEAD_DIM % 64 == 0;  // 16 bytes at a time
-    constexpr int PAIRS = BY_QUAD ? 4 : VEC / 2;
+    if (!valid) return;
+    constexpr int PAIRS = VEC / 2;
 #pragma unroll
     for (int j = 0; j < 2 * HALF_BLOCKS; j += PAIRS) {
         unsigned pairs[4];
@@ -221,13 +219,7 @@ __device__ __forceinline__ void store_head(T* head, const Values& values, bool v
             pairs[i] = pack(values[j + i][0], values[j + i][1], T());
             if (rest) pairs[i] = pack_rest(values[j + i][0], values[j + i][1], pairs[i], T());
         }
-        if constexpr (BY_QUAD) {
-            transpose_quad(pairs);
-            if (valid)
-                *reinterpret_cast<uint4*>(head + 8 * (j + threadIdx.x % 4)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
-        } else if (valid) {
-            store_pairs(head + dim_of(j, 0), pairs);
-        }
+        store_pairs(head + dim_of(j, 0), pairs);
     }
 }
 

@@ -2,7 +2,6 @@
 //
 // Grid: any number of clusters, each has every so-many-th tile. Block 384 threads, shared memory GEMM_STAGES x (128 +
 // BLOCK_N) x 64 halves. -D: those of call.cuh, BLOCK_N (64, 128 or 256), GEMM_STAGES, CLUSTER. Tensor-core bound.
-#include "call.cuh"
 #include "gemm_wgmma.cuh"
 
 struct Maps {
@@ -53,8 +52,11 @@ project_output_wgmma(const __grid_constant__ Call call, const __grid_constant__ 
 {
     extern __shared__ __align__(1024) __half smem[];
     __shared__ gemm::Ring ring;
+    __shared__ gemm::RowTiles row_tiles;
     const int num_rows = call.batch * call.seq, k_size = call.num_q_heads * HEAD_DIM;
-    const int m_tiles = (num_rows + gemm::CLUSTER_ROWS - 1) / gemm::CLUSTER_ROWS;
+    const int all_m_tiles = (num_rows + gemm::CLUSTER_ROWS - 1) / gemm::CLUSTER_ROWS;
+    const bool is_ragged = call.num_tokens != nullptr && all_m_tiles <= gemm::RowTiles::MOST;
+    int m_tiles = all_m_tiles;
     const int n_tiles = (call.hidden_size + BLOCK_N - 1) / BLOCK_N;
     const int lane = threadIdx.x % 32, warp = threadIdx.x % WARPGROUP / 32, steps = k_size / gemm::BLOCK_K;
     const int first_tile = blockIdx.x / CLUSTER, tiles_a_round = gridDim.x / CLUSTER;
@@ -66,18 +68,25 @@ project_output_wgmma(const __grid_constant__ Call call, const __grid_constant__ 
     gemm::begin();
     gemm::Producer producer = {ring, smem};
     int begun = 0;
-    if (producer_warp == 0 && first_tile < m_tiles * n_tiles && elected())
-        begun = producer.begin_weights(&maps.o_proj, gemm::place_of(first_tile, m_tiles, n_tiles).n * BLOCK_N, k_size, steps);
+    const short* const order = is_ragged ? row_tiles.order : nullptr;
+    auto place_of = [&](int tile) { return gemm::place_of(tile, m_tiles, n_tiles, order); };
+    if (producer_warp == 0 && !is_ragged && first_tile < m_tiles * n_tiles && elected())
+        begun = producer.begin_weights(&maps.o_proj, place_of(first_tile).n * BLOCK_N, k_size, steps);
     if (threadIdx.x == 0) prefetch(&maps.attention);
     wait_for_previous_kernel();
+    if (is_ragged) {
+        if (producer_warp == 0) row_tiles.find(call, all_m_tiles);
+        __syncthreads();
+        m_tiles = row_tiles.count;
+    }
     if (producer_warp < WARPGROUP / 32) {
         give_registers<gemm::PRODUCER_REGISTERS>();
         if (producer_warp == 0 && elected()) {
             for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round, begun = 0)
-                producer.copy_weights(&maps.o_proj, gemm::place_of(tile, m_tiles, n_tiles).n * BLOCK_N, k_size, steps, begun);
+                producer.copy_weights(&maps.o_proj, place_of(tile).n * BLOCK_N, k_size, steps, begun);
         } else if (producer_warp == 1 && elected()) {
             for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round)
-                producer.copy_rows(&maps.attention, gemm::place_of(tile, m_tiles, n_tiles).m * gemm::BLOCK_M, steps);
+                producer.copy_rows(&maps.attention, place_of(tile).m * gemm::BLOCK_M, steps);
         } else if (producer_warp == 2 && blockIdx.x == 0) {
             for (int b = lane; b < call.batch; b += 32) advance_length(call, b);
         }
@@ -86,7 +95,7 @@ project_output_wgmma(const __grid_constant__ Call call, const __grid_constant__ 
         take_registers<gemm::CONSUMER_REGISTERS>();
         gemm::Consumer consumer(ring, smem);
         for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round) {
-            const gemm::Place place = gemm::place_of(tile, m_tiles, n_tiles);
+            const gemm::Place place = place_of(tile);
             const int m = place.m * gemm::BLOCK_M + consumer.first_row + warp * 16 + lane / 4;
             const int first_n = place.n * BLOCK_N;
             gemm::Sums sums;
@@ -101,6 +110,15 @@ project_output_wgmma(const __grid_constant__ Call call, const __grid_constant__ 
             });
             store_sums<0>(call, sums, residual[0], m, slots[0], first_n);
             store_sums<1>(call, sums, residual[1], m + 8, slots[1], first_n);
+        }
+        // Rows of tiles that are padding alone: zeros, eight columns to a thread.
+        const int pieces = call.hidden_size / 8;
+        for (int i = m_tiles + first_tile; i < all_m_tiles; i += tiles_a_round) {
+            const int first_m = row_tiles.order[i] * gemm::CLUSTER_ROWS + gemm::rank() * gemm::BLOCK_M;
+            const int rows = min(gemm::BLOCK_M, num_rows - first_m);
+            uint4* const y = reinterpret_cast<uint4*>(call.y + static_cast<long long>(first_m) * call.hidden_size);
+            for (int piece = threadIdx.x - WARPGROUP; piece < rows * pieces; piece += gemm::CONSUMERS * WARPGROUP)
+                y[piece] = make_uint4(0, 0, 0, 0);
         }
     }
     gemm::end();

@@ -1,5 +1,5 @@
 // RMSNorm, QKV projection, per-head Q/K RMSNorm, RoPE and the cache append, in one launch.
-//   hidden = x / rms(x) * w_in                         float16, or high and low halves (PARTS 2; for k of bfloat16)
+//   hidden = x / rms(x) * w_in                         float16, high and low halves (the low for k, or PARTS 2)
 //   q, k, v = split(hidden Wqkv^T + bias)
 //   cache <- k, v                                      before norm and RoPE, in the storage dtype
 //   q', k' = rope(rms_norm(q) w_q), rope(rms_norm(k) w_k)    from the k that was cached; float16 scratch

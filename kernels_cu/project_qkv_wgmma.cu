@@ -80,8 +80,11 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
 {
     extern __shared__ __align__(1024) __half smem[];
     __shared__ gemm::Ring ring;
+    __shared__ gemm::RowTiles row_tiles;
     const int num_rows = call.batch * call.seq;
-    const int m_tiles = (num_rows + gemm::CLUSTER_ROWS - 1) / gemm::CLUSTER_ROWS;
+    const int all_m_tiles = (num_rows + gemm::CLUSTER_ROWS - 1) / gemm::CLUSTER_ROWS;
+    const bool is_ragged = call.num_tokens != nullptr && all_m_tiles <= gemm::RowTiles::MOST;
+    int m_tiles = all_m_tiles;
     const int past_items = call.past_tiles * (PAST_ROWS / PAST_ROWS_A_WARP) * call.batch * call.num_kv_heads;
     const int lane = threadIdx.x % 32, warp = threadIdx.x % WARPGROUP / 32;
 
@@ -91,7 +94,8 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
     const int key_tiles = (call.num_q_heads + call.num_kv_heads + HEADS_A_TILE - 1) / HEADS_A_TILE - first_key_tile;
     auto tile_place = [&](int tile) {
         const int others = tile - m_tiles * key_tiles;
-        gemm::Place place = gemm::place_of(others < 0 ? tile : others, m_tiles, others < 0 ? key_tiles : n_tiles - key_tiles);
+        gemm::Place place = gemm::place_of(others < 0 ? tile : others, m_tiles, others < 0 ? key_tiles : n_tiles - key_tiles,
+                                           is_ragged ? row_tiles.order : nullptr);
         if (others < 0) place.n += first_key_tile;
         else if (place.n >= first_key_tile) place.n += key_tiles;
         return place;
@@ -108,7 +112,7 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
     gemm::begin();
     gemm::Producer producer = {ring, smem};
     int begun = 0;
-    if (producer_warp == 0 && first_tile < m_tiles * n_tiles && elected())
+    if (producer_warp == 0 && !is_ragged && first_tile < m_tiles * n_tiles && elected())
         begun = producer.begin_weights(&maps.qkv_proj, tile_place(first_tile).n * BLOCK_N, call.hidden_size, steps_of(first_tile));
     if (threadIdx.x == 0) prefetch(&maps.hidden);
     wait_for_previous_kernel();
@@ -123,8 +127,11 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
     const int items = row_items + past_items, share = min(gemm::THREADS / 32, (items - 1) / static_cast<int>(gridDim.x) + 1);
     __shared__ int first_taken;
     if (threadIdx.x == 0) first_taken = atomicAdd(&call.counters[NEXT], share);
-    const Sequence of_first = sequence(call, 0);
+    if (is_ragged && producer_warp == 1) row_tiles.find(call, all_m_tiles);
+    __shared__ Sequence of_first;  // registers are short
+    if (threadIdx.x == 32) of_first = sequence(call, 0);
     __syncthreads();
+    if (is_ragged) m_tiles = row_tiles.count;
     int next = static_cast<int>(threadIdx.x) / 32 < share ? first_taken + static_cast<int>(threadIdx.x) / 32 : items;
     while (true) {
         const int item = __shfl_sync(0xffffffffu, next, 0);
@@ -169,5 +176,5 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
     }
     gemm::end();
 
-    if (threadIdx.x == 0) leave_counters(call, m_tiles * CLUSTER);
+    if (threadIdx.x == 0) leave_counters(call, all_m_tiles * CLUSTER);
 }

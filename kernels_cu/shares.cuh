@@ -1,34 +1,64 @@
 // How attend_decode.cu shares out cached keys among its blocks, and how a warp finds its way through them.
 //
-// Work is counted in tiles of 16 keys of one "head": one sequence, one KV head and up to 8 HEAD_TILES of its query heads.
+// Work is counted in tiles of 16 keys of one "head": one sequence, one KV head and up to 8 HEAD_TILES of its queries, the
+// query heads of its first new token, then those of the second, and so on.
 // All tiles of all heads stand in one row, sequence after sequence, head after head, and every block takes an equal run of
 // it. Where heads are of equal lengths and there are no more of them than blocks, runs do not cross from one to the next.
 // A block's warps take its tiles in turns. Everything follows from the lengths on the device.
-// -D: those of call.cuh, HEAD_TILES, WARPS, WINDOW.
+//
+// BATCH_INVARIANT: a head is cut into pieces that follow from its own length alone, at most MOST_PIECES of them, each summed
+// up on its own. Places, widths and shares count pieces then, not tiles.
+// -D: those of call.cuh, HEAD_TILES, WARPS, WINDOW, SEVERAL (more than one new token a sequence), BATCH_INVARIANT.
 #pragma once
 #include "call.cuh"
 
-constexpr int ROWS = 8 * HEAD_TILES;  // query heads of a head, at most
+constexpr int ROWS = 8 * HEAD_TILES;  // queries of a head, at most
 constexpr int TILE = 16;              // keys
 constexpr int ALONE = 2 * WARPS;             // tiles that one block does sooner than several that have to meet
 
+#ifdef SEVERAL
+constexpr bool IS_ONE = false;
+#else
+constexpr bool IS_ONE = true;
+#endif
+
+#ifdef BATCH_INVARIANT
+constexpr bool BY_PIECES = true;
+#else
+constexpr bool BY_PIECES = false;
+#endif
+constexpr int LEAST_PIECE = 16, MOST_PIECES = 16;  // tiles, pieces of a head
+
+// Tiles of a piece of a head with so many, and how many pieces that makes.
+__device__ __forceinline__ int piece_size(int tiles) { return max(LEAST_PIECE, (tiles + MOST_PIECES - 1) / MOST_PIECES); }
+
+__device__ __forceinline__ int pieces_of(int tiles) {
+    const int size = piece_size(tiles);
+    return (tiles + size - 1) / size;
+}
+
 // One sequence's part in the row of all tiles.
 struct SequenceTiles {
-    int past;        // tokens in the cache; the new one comes after them
+    int past;        // tokens in the cache; the new ones come after them
+    int count;       // of those
     int first_tile;  // before it no key is in the window
     int tiles;       // of each of its heads; 0 if it has no new token
 };
 
+// First tile past those of a sequence.
+__device__ __forceinline__ int end_tile(int past, int count) { return (past + count - 1) / TILE + 1; }
+
 __device__ __forceinline__ SequenceTiles sequence_tiles(const Call& call, int b) {
-    SequenceTiles s = {0, 0, 0};
+    SequenceTiles s = {0, 1, 0, 0};
     if (b >= call.batch) return s;
     s.past = __ldcg(call.lengths + b);
+    const int count = call.num_tokens != nullptr ? __ldcg(call.num_tokens + b) : IS_ONE ? 1 : call.seq;
+    if (!IS_ONE) s.count = count;
 #ifdef WINDOW
     s.first_tile = max(0, s.past - call.window + 1) / TILE;  // positions rise at least as fast as places
 #endif
-    // A new token at a position past the model's gets its tiles; `append` leaves it out and decode_output.cu says NaN.
-    const bool has_new = call.num_tokens == nullptr || __ldcg(call.num_tokens + b) > 0;
-    s.tiles = has_new && s.past < call.capacity ? s.past / TILE + 1 - s.first_tile : 0;
+    // New tokens at positions past the model's get their tiles; `append` leaves them out and the last kernel says NaN.
+    s.tiles = count > 0 && s.past + s.count <= call.capacity ? end_tile(s.past, s.count) - s.first_tile : 0;
     return s;
 }
 
@@ -38,7 +68,10 @@ struct Shares {
     int size;
     bool whole;
 
-    __device__ __forceinline__ int width(int tiles) const { return whole ? (tiles + size - 1) / size * size : tiles; }
+    __device__ __forceinline__ int width(int tiles) const {
+        if (BY_PIECES) return pieces_of(tiles);
+        return whole ? (tiles + size - 1) / size * size : tiles;
+    }
 };
 
 // `mine` is that of sequence l, in both functions: they begin with it and look up the others.
@@ -47,7 +80,7 @@ __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequen
     int total = 0, most = 0, least = 0x7fffffff;
     for (int first = 0; first < call.batch; first += 32) {
         const int tiles = first == 0 ? mine.tiles : sequence_tiles(call, first + lane).tiles;
-        total += tiles;
+        total += BY_PIECES ? pieces_of(tiles) : tiles;
         most = max(most, tiles);
         if (first + lane < call.batch) least = min(least, tiles);
     }
@@ -56,6 +89,7 @@ __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequen
     least = __reduce_min_sync(0xffffffffu, least);
     const int heads = call.batch * heads_a_sequence;
     const int even = max(1, (total * heads_a_sequence + blocks - 1) / blocks);
+    if (BY_PIECES) return {even, false};
     if (most != least) return {max(even, WARPS), false};
     if (heads <= blocks) {
         const int runs = most <= ALONE ? 1 : min(blocks / heads, (most + WARPS - 1) / WARPS);
@@ -68,10 +102,11 @@ __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequen
 // A place in a block's run: the next tile of this warp, and the head it belongs to.
 struct Cursor {
     int b, head;                 // head: of the sequence's
-    int kv_head_idx, first_row;  // and what that is: KV head and first of its query heads
-    int past;
+    int kv_head_idx, first_row;  // and what that is: KV head and first of its queries
+    int past, count;             // as in SequenceTiles
     int width;                   // tiles a head of this sequence is taken to have
     int begin;                   // place of the head's first tile in the row of all tiles
+    int piece, tiles;            // BATCH_INVARIANT: of the head, and all tiles of that
     int slot, end;               // of the tile's first key in the cache; of the end of this block's run in the head
     int left;                    // tiles of this block's run, after this head
     const STORAGE* k;            // what this lane copies first of a whole tile
@@ -89,6 +124,13 @@ __device__ __forceinline__ void go_on(Cursor& at) {
 }
 
 __device__ __forceinline__ void enter_head(const Call& call, Cursor& at, int first_tile, int tiles, int from) {
+    if (BY_PIECES) {
+        const int size = piece_size(tiles);
+        at.piece = from, at.tiles = tiles, at.left -= 1;
+        at.end = (first_tile + min((from + 1) * size, tiles)) * TILE;
+        go_to(call, at, (first_tile + from * size + static_cast<int>(threadIdx.x / 32)) * TILE);
+        return;
+    }
     const int here = min(at.left, at.width - from);
     at.left -= here;
     at.end = (first_tile + min(from + here, tiles)) * TILE;
@@ -114,6 +156,7 @@ __device__ __forceinline__ bool find(const Call& call, const Shares& shares, int
             const int source = __ffs(beyond) - 1;
             at.b = first + source;
             at.past = __shfl_sync(0xffffffffu, s.past, source);
+            at.count = IS_ONE ? 1 : __shfl_sync(0xffffffffu, s.count, source);
             at.width = __shfl_sync(0xffffffffu, width, source);
             const int sequence_begin = begin + __shfl_sync(0xffffffffu, end - here, source);
             at.head = (place - sequence_begin) / at.width;
@@ -130,10 +173,14 @@ __device__ __forceinline__ bool find(const Call& call, const Shares& shares, int
     return false;
 }
 
-// Go on to the next head of the run; false if the run ends.
+// Go on to the next head, or piece, of the run; false if the run ends.
 __device__ __forceinline__ bool next_head(const Call& call, int heads_a_sequence, Cursor& at) {
+    if (BY_PIECES && at.left > 0 && at.piece + 1 < at.width) {
+        enter_head(call, at, end_tile(at.past, at.count) - at.tiles, at.tiles, at.piece + 1);
+        return true;
+    }
     at.begin += at.width;
-    int tiles = at.width;  // runs that cross heads count true tiles
+    int tiles = BY_PIECES ? at.tiles : at.width;  // runs that cross heads count true tiles
     if (++at.kv_head_idx == call.num_kv_heads) at.kv_head_idx = 0, at.first_row += ROWS;
     if (++at.head == heads_a_sequence) {
         at.head = at.first_row = tiles = 0;
@@ -142,11 +189,12 @@ __device__ __forceinline__ bool next_head(const Call& call, int heads_a_sequence
                 at.left = 0;
             } else {
                 const SequenceTiles s = sequence_tiles(call, at.b);
-                at.past = s.past, at.width = tiles = s.tiles;
+                at.past = s.past, at.count = s.count, tiles = s.tiles;
+                at.width = BY_PIECES ? pieces_of(tiles) : tiles;
             }
         }
     }
     if (at.left <= 0) return false;
-    enter_head(call, at, at.past / TILE + 1 - tiles, tiles, 0);
+    enter_head(call, at, end_tile(at.past, at.count) - tiles, tiles, 0);
     return true;
 }

@@ -118,7 +118,7 @@ __device__ __forceinline__ unsigned address_in(int rank, const void* here) {
     return there;
 }
 
-// The same, to the same place in every block of `mask`, and each one's barrier counts the bytes.
+// As load_quads, to the same place in every block of `mask`, and each one's barrier counts the bytes.
 __device__ __forceinline__ void load_quads_to(unsigned short mask, void* tile, const TensorMap* map, Barrier* barrier, int column,
                                               int row) {
     asm volatile(

@@ -37,6 +37,7 @@ RESERVED = (
 INSTRUCTIONS = (
     ("griddepcontrol.", "ptx_griddepcontrol", ""),
     ("prefetch.", "ptx_prefetch", ""),
+    ("cp.async.bulk.prefetch.", "ptx_prefetch", ""),
     ("mad.hi.u32", "ptx_mad", ""),
     ("atom.add.", "ptx_atom", ""),
     ("red.release.gpu.global.add.s32 [%0], %1;", "ptx_red", ""),
@@ -337,7 +338,7 @@ def encode_tensor_map(
     """Return what stands for a CUtensorMap of 2-byte elements, 128-byte swizzle: 128 bytes, at a multiple of 64.
 
     ``by_quads``: five dimensions, as :func:`cupy_attn.tensor_maps.tensor_map` has them. Refuses what
-    ``cuTensorMapEncodeTiled`` would (CUDA driver API), and boxes other than of 64 columns.
+    ``cuTensorMapEncodeTiled`` is known to (CUDA driver API), and boxes other than of 64 columns.
     """
     if address % 16 or pitch_bytes % 16 or not 0 < pitch_bytes < 1 << 40:
         raise ValueError(f"a tensor at {address:#x} with rows {pitch_bytes} bytes apart is not aligned to 16 bytes")

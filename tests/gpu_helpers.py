@@ -142,8 +142,8 @@ def kernels_of(
     for config, dtype, precise in kinds:
         shape = launch.Shape(dtype, config.head_dim, precise, windowed, float32_angles=False)
         for batch, seq in calls:
-            if seq == 1 and not collect:
-                launches = launch.decode(config, shape, gpu, batch)
+            if not collect and launch.decodes(config, shape, batch, seq):
+                launches = launch.decode(config, shape, gpu, batch, seq)
             else:
                 launches = wgmma.prefill(config, shape, gpu, batch, seq, past_tiles=0, collect=collect)
             yield from ((one.name, one.macros) for one in launches)

@@ -158,9 +158,63 @@ def test_prefill_chunks_and_steps(gpu, shape, dtype, k_norm_max):
         call(layer, cache, seq, counts, seed=seed)
 
 
-def test_more_sequences_than_share_a_read_of_the_weights(gpu):
+@pytest.mark.parametrize("batch", [10, 20, 40, 70])
+def test_more_sequences_than_share_a_read_of_the_weights(gpu, batch):
     layer = make_layer(config_of(*SHAPES[0]), "bfloat16", TAME)
-    call(layer, filled_cache(layer, [0, 1, 63, 64, 65, 130, 2, 128, 70, 17], 140), 1)
+    lengths = itertools.islice(itertools.cycle([0, 1, 63, 64, 65, 130, 2, 128, 70, 17]), batch)
+    call(layer, filled_cache(layer, list(lengths), 140), 1)
+
+
+# A few new tokens a sequence.
+
+
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+def test_appends_of_any_shape(gpu, shape, dtype, k_norm_max):
+    layer = make_layer(config_of(*shape), dtype, k_norm_max)
+    call(layer, filled_cache(layer, [0, 63, 17, 130], 140), 3, [3, 3, 0, 2])
+
+
+@pytest.mark.parametrize("seq", [2, 5, 16, 20])
+def test_appends_at_the_edges_of_tiles(gpu, seq):
+    layer = make_layer(config_of(*SHAPES[0]), "float16", TAME)
+    call(layer, filled_cache(layer, [0, 15, 300], 330), seq, [seq, seq - 1, 1])
+    windowed = make_layer(config_of(*SHAPES[0], **WINDOW), "float16", TAME)
+    call(windowed, filled_cache(windowed, [16, 30, 90], 120), seq)
+
+
+@pytest.mark.parametrize("angles", ["float64", "float32"])
+def test_appends_where_positions_have_gaps(gpu, angles):
+    layer = make_layer(config_of(*SHAPES[0]), "float16", TAME, angles=angles)
+    steps = np.random.default_rng(0).choice([1, 1, 2, 30], (2, 100))
+    cache = filled_cache(layer, [100, 60], 140, np.cumsum(steps, 1))
+    call(layer, cache, 5)
+    positions = cache.next_positions()[:, None] + np.cumsum([[1, 3, 40, 1], [2, 1, 1, 17]], 1)
+    x, before = make_hidden(layer.config, 2, 4, dtype="float16"), [held(cache, b) for b in range(2)]
+    y = layer(x, cache, positions=positions)
+    for b in range(2):
+        _, stages = reference.forward(layer.config, layer.weights, x[b : b + 1], positions=positions[b : b + 1],
+                                      dtype="float16", past=before[b])  # fmt: skip
+        assert ca.relative_l2(y[b : b + 1], stages["output"]) <= BARS["float16"]
+
+
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD])
+def test_bits_do_not_depend_on_the_batch_if_that_is_asked_for(gpu, k_norm_max):
+    layer = make_layer(config_of(*SHAPES[0]), "float16", k_norm_max, batch_invariant=True)
+    lengths = [0, 300, 17, 63, 16, 5]
+    xs = [make_hidden(layer.config, len(lengths), seq, dtype="float16", seed=seq) for seq in (1, 3)]
+
+    def outputs(rows):
+        full, cache = filled_cache(layer, lengths, 320), layer.new_cache(len(rows), 320)
+        cache.k_heads[:], cache.v_heads[:] = full.k_heads[rows], full.v_heads[rows]
+        cache.assume([lengths[row] for row in rows])
+        return [np.array(layer(x[rows], cache)) for x in xs]
+
+    whole = outputs(list(range(len(lengths))))
+    for rows in ([0], [1], [5], [2, 1], [3, 4, 1]):
+        assert all(a[rows].tobytes() == b.tobytes() for a, b in zip(whole, outputs(rows), strict=True))
+    call(layer, filled_cache(layer, lengths, 320), 3, [3, 0, 1, 2, 3, 3])
 
 
 def test_stages(gpu):

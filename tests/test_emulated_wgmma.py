@@ -120,3 +120,12 @@ def test_clusters_whichever_block_is_ahead(launched):
     for seq in (131, 300):
         for _ in range(4):
             call(layer, filled_cache(layer, [0], seq), seq)
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+def test_tiles_of_padding_alone(launched, cluster):
+    """At the beginning, in between and at the end; the call after it is whole again."""
+    layer = make_layer(config_of(4, 2, 128, 128), "float16", TAME)
+    for counts in ([0, 600, 3, 0], [600, 0, 0, 257], [0, 0, 0, 0], None):
+        call(layer, filled_cache(layer, [0, 9, 70, 0], 680), 600, counts)
+        assert launched[-3:] == ["project_qkv_wgmma", "attend_wgmma", "project_output_wgmma"]

@@ -261,6 +261,15 @@ CLUSTER_KERNEL = """
 struct Maps {
     TensorMap a;
 };
+// With a __shared__ array of its own.
+__device__ float block_sum(float value) {
+    __shared__ float partial[4];
+    value = warp_sum(value);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = value;
+    __syncthreads();
+    return partial[0] + partial[1] + partial[2] + partial[3];
+}
+
 enum { RIGHT, OWN_ARRIVALS, NO_ARRIVAL, NO_FIRST_SYNC, NO_LAST_SYNC, NO_EXPECTATION, NO_SUCH_BLOCK, NO_SUCH_RANK,
        EARLY_END };
 constexpr int STAGES = 2, TILE = 64 * 64, BOTH = 3;
@@ -279,7 +288,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) trial(const __grid_co
         }
         barriers_initialised();
     }
-    const float blocks = block_sum<4>(blockIdx.x);  // with a __shared__ array of its own
+    const float blocks = block_sum(blockIdx.x);
     if (wrong == NO_FIRST_SYNC) __syncthreads();
     else cluster_sync();
     if (wrong == EARLY_END && rank == 1) return;

@@ -210,11 +210,11 @@ def test_every_stage(kind, dtype, k_norm_max):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_stages_of_a_chunk_and_of_a_step_are_of_the_new_tokens_and_change_no_bit(dtype):
     layer = make_layer(make_config(), dtype)
-    x = make_hidden(layer.config, 2, 40, dtype=dtype)
-    caches = [layer.new_cache(2, 40) for _ in range(2)]
+    x = make_hidden(layer.config, 2, 80, dtype=dtype)
+    caches = [layer.new_cache(2, 80) for _ in range(2)]
     for cache in caches:
         layer(x[:, :30], cache)
-    for rows in (slice(30, 39), slice(39, 40)):
+    for rows in (slice(30, 75), slice(75, 79), slice(79, 80)):
         past = (*(to_numpy(a)[:, : rows.start].copy() for a in (caches[0].k, caches[0].v)),
                 caches[0].positions[:, : rows.start])  # fmt: skip
         stages = {}
@@ -224,7 +224,7 @@ def test_stages_of_a_chunk_and_of_a_step_are_of_the_new_tokens_and_change_no_bit
             assert relative_l2(value, want[name]) <= BARS[dtype], name
         check(y, want["output"], dtype)
         plain = to_numpy(layer(x[:, rows], caches[1]))
-        if y.shape[1] > 1:  # a step that collects takes the kernels of a prefill
+        if y.shape[1] > 4:  # few tokens that collect take the kernels of a prefill
             assert y.tobytes() == plain.tobytes()
 
 

@@ -54,6 +54,9 @@ CALLS = {  # tokens already cached, new rows of x, how many of those are tokens 
     "step of 12": (LENGTHS_OF_12, 1, None),
     "step of 12 that some sit out": (LENGTHS_OF_12, 1, [1, 0] * 6),
     "chunk of 12": (LENGTHS_OF_12, 9, None),
+    "speculative step": ([5, 700, 2999], 4, None),
+    "speculative step of 12": (LENGTHS_OF_12, 5, [5, 0, 1, 2, 3, 4] * 2),
+    "step of 70": ((LENGTHS_OF_12 * 6)[:70], 1, None),
 }
 
 

@@ -46,19 +46,24 @@ def test_the_struct_of_a_call_is_the_same_on_both_sides(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", CONFIGS)
 def test_decode_fits_every_gpu(name, gpu):
     config = CONFIGS[name]
-    for precise, float32_angles in itertools.product((False, True), repeat=2):
+    for precise, float32_angles, alone, seq in itertools.product(
+        (False, True), (False, True), (False, True), (1, 3, 64)
+    ):
         shape = launch.Shape("float16", config.head_dim, precise, windowed=False, float32_angles=float32_angles)
-        one = launch.attend_decode(config, shape, GPUS[gpu])
+        one = launch.attend_decode(config, shape, GPUS[gpu], seq, alone=alone)
         assert one.smem_bytes + launch.STATIC_SMEM <= GPUS[gpu].block_smem
         assert one.grid == GPUS[gpu].num_sms
 
 
-@pytest.mark.parametrize(("precise", "float32_angles"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize(
+    ("precise", "float32_angles", "alone"),
+    [(False, False, False), (False, False, True), (True, False, True), (True, True, False)],
+)
 @pytest.mark.parametrize("name", ["0.6B", "G 20, D 256", "G 1, D 80", "G 5, D 192"])
-def test_shared_memory_of_decode_is_what_the_kernel_takes(tmp_path, monkeypatch, name, precise, float32_angles):
+def test_shared_memory_of_decode_is_what_the_kernel_takes(tmp_path, monkeypatch, name, precise, float32_angles, alone):
     pytest.importorskip("cupy")
     shape = launch.Shape("float16", CONFIGS[name].head_dim, precise, windowed=False, float32_angles=float32_angles)
-    one = launch.attend_decode(CONFIGS[name], shape, cuda.H200)
+    one = launch.attend_decode(CONFIGS[name], shape, cuda.H200, 1, alone=alone)
     for file in kernels.SOURCES.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     with open(tmp_path / "attend_decode.cu", "a") as file:
@@ -76,8 +81,8 @@ def test_three_launches_that_fit_the_gpu(name, gpu):
     ):
         shape = launch.Shape(dtype, config.head_dim, precise, windowed=False, float32_angles=False)
         calls = [wgmma.prefill(config, shape, limits, batch, seq, past_tiles=3, collect=False)]
-        if seq == 1:
-            calls.append(launch.decode(config, shape, limits, batch))
+        if launch.decodes(config, shape, batch, seq):
+            calls.append(launch.decode(config, shape, limits, batch, seq))
         for launches in calls:
             assert len(launches) == 3
             for one in launches:
@@ -136,3 +141,14 @@ def test_angles_from_integers_are_right_at_any_position(theta):
     cos, sin = ca.rope_angles(config, positions)
     assert np.abs(np.cos(angle) - cos).max() < 5e-7
     assert np.abs(np.sin(angle) - sin).max() < 5e-7
+
+
+@pytest.mark.parametrize(("heads", "hidden"), [((3, 1), 1024), ((9, 3), 576), ((2, 1), 192), ((16, 8), 1024)])
+def test_every_kernel_that_a_prompt_may_take_is_listed(monkeypatch, heads, hidden):
+    monkeypatch.setattr(cuda, "problem", lambda: "none")
+    config = make_config(num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=128, hidden_size=hidden)
+    listed = cuda.specialisations(config, np.dtype("float16"), precise=False)
+    shape = launch.Shape("float16", 128, False, windowed=False, float32_angles=False)
+    for rows in range(1, 70_000, 61):
+        for one in wgmma.prefill(config, shape, cuda.H200, 1, rows, past_tiles=0, collect=False):
+            assert (one.name, one.macros) in listed, (rows, one)

@@ -38,12 +38,13 @@ class Small:
     dtype: str
     precise: bool
     batch: int = 1
-    calls: tuple[int, ...] = (130, 20, 1, 1)
+    calls: tuple[int, ...] = (130, 40, 1, 1)
     heads: tuple[int, int] = (4, 2)
     num_sms: int | None = None
     portable: bool = False
     window: int | None = None
     stages: bool = False
+    batch_invariant: bool = False
 
     @property
     def text(self) -> str:
@@ -63,7 +64,10 @@ def small_runs() -> list[Small]:
         *(Small(*kind, batch=2, calls=(130, 130, 1), num_sms=2) for kind in both),  # from tile to tile, after a past
         *(Small(dtype, False, batch=12, calls=(70, 1), num_sms=2, portable=True) for dtype in DTYPES),
         *(Small(dtype, False, calls=(130, 1), num_sms=8) for dtype in DTYPES),
-        *(Small(dtype, False, calls=(1, 1), num_sms=16) for dtype in DTYPES),
+        *(Small(dtype, False, calls=(1, 1), num_sms=num_sms) for dtype in DTYPES for num_sms in (16, 22)),
+        *(Small(*kind, calls=(2, 16, 1)) for kind in both),  # a few tokens a sequence
+        *(Small(*kind, batch=12, calls=(3, 1), batch_invariant=True) for kind in crossed),
+        *(Small(*kind, batch=64, calls=(1, 1)) for kind in both),
         *(Small(*kind, calls=(70, 130, 1), window=SMALL_WINDOW) for kind in crossed),
         *(Small(*kind, calls=(70, 20), stages=True) for kind in crossed),
     ]
@@ -84,7 +88,7 @@ def run_small(run: Small) -> tuple[float, set[str]]:
     rng = np.random.default_rng(0)
     statistics = (96.5, 3.56, 9.13) if run.precise else (1.5, 1.0, 0.1)
     weights = dataclasses.replace(random_layer(config), k_norm=k_norm_weight(rng, config.head_dim, *statistics))
-    layer = ca.Attention(config, weights, run.dtype, "cuda")
+    layer = ca.Attention(config, weights, run.dtype, "cuda", batch_invariant=run.batch_invariant)
     assert layer.precise == run.precise
     backend: Any = layer._backend
     if run.num_sms is not None:

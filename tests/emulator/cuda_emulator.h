@@ -561,6 +561,7 @@ inline int __any_sync(unsigned, int predicate) {
     return reduce("__any_sync", predicate != 0, [](int a, int b) { return a | b; });
 }
 
+inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
 inline int atomicAdd(int* place, int value) {
     const int before = *place;
@@ -571,6 +572,8 @@ template <typename T>
 T __ldcg(const T* p) { return *p; }
 template <typename T>
 T __ldcs(const T* p) { return *p; }
+template <typename T>
+void __stcg(T* p, T value) { *p = value; }
 
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
@@ -595,7 +598,7 @@ inline size_t __cvta_generic_to_shared(const void* p) {
 // Inline PTX, by its first word.
 
 inline void ptx_griddepcontrol() {}
-inline void ptx_prefetch(const void*) {}
+inline void ptx_prefetch(const void*, int = 0) {}
 inline void ptx_nothing(int&) {}
 inline void ptx_nothing(float&) {}
 inline void ptx_fence() {}

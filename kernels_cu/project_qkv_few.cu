@@ -1,0 +1,109 @@
+// RMSNorm and QKV projection for more tokens than decode_project.cu takes, but not many.
+//   qkv = (x / rms(x) * w_in) Wqkv^T + bias          float32 [B S, (Hq + 2 Hkv) D]; the norms of heads follow on reading
+//
+// Grid (a block to normalise each row of x; then tiles of 64 rows of Wqkv and 8 GROUPS tokens, each several blocks), block
+// 128 threads. The latter wait for the former, which come first: blocks begin in the order of their index. k, and on the
+// precise path all, is multiplied by hidden states in high and low halves. Shared memory: STAGES x 2 x 8 GROUPS x 64 halves,
+// and not less than H floats and H STORAGE. -D: those of call.cuh, GROUPS. Memory bound: one read of Wqkv, some of it before
+// the kernel ahead has ended.
+#include "gemm_few.cuh"
+#include "reduce.cuh"
+#include "storage.cuh"
+
+constexpr int HIDDEN_PARTS = 2;  // as in project.cuh
+enum { DONE, READY, SPLIT };     // counters: blocks that have seen that all rows are ready, rows that are, tiles
+
+// Describe row m of x and normalise it, all threads of a block together. Few instructions: they come from memory, behind
+// everybody's weights.
+__device__ __forceinline__ void normalise_row(const Call& call, int m, char* smem) {
+    __shared__ float of_warps[few::WARPS];
+    const int size = call.hidden_size;
+    float* const scale = reinterpret_cast<float*>(smem);
+    STORAGE* const x = reinterpret_cast<STORAGE*>(scale + size);
+    for (int i = threadIdx.x * 4; i < size; i += few::THREADS * 4) copy16_async(scale + i, call.input_norm + i, true);
+    wait_for_previous_kernel();
+    let_next_kernel_begin();
+    for (int i = threadIdx.x * VECTOR; i < size; i += few::THREADS * VECTOR)
+        copy16_async(x + i, call.x + static_cast<long long>(m) * size + i, true);
+    copies_commit();
+    if (threadIdx.x == 0) describe_row(call, m, sequence(call, m / call.seq));
+    copies_wait<0>();  // each thread reads what it has copied
+    float sum_squares = 0.0f;
+#pragma unroll 1
+    for (int i = threadIdx.x * VECTOR; i < size; i += few::THREADS * VECTOR) {
+        float values[VECTOR];
+        load8(x + i, values);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) sum_squares += values[j] * values[j];
+    }
+    sum_squares = warp_sum(sum_squares);
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = sum_squares;
+    __syncthreads();
+    sum_squares = 0.0f;
+#pragma unroll
+    for (int i = 0; i < few::WARPS; ++i) sum_squares += of_warps[i];
+    const float rstd = rsqrtf(sum_squares / size + call.eps);
+#pragma unroll 1
+    for (int i = threadIdx.x * VECTOR; i < size; i += few::THREADS * VECTOR) {
+        float values[VECTOR], scales[VECTOR];
+        load8(x + i, values);
+        load8(scale + i, scales);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) values[j] *= rstd * scales[j];
+        __half* const target = call.hidden + static_cast<long long>(m) * HIDDEN_PARTS * size + i;
+        store8(target, values);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) values[j] -= __half2float(__float2half_rn(values[j]));
+        store8(target + size, values);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) count_in_order(&call.counters[READY]);
+}
+
+extern "C" __global__ void __launch_bounds__(few::THREADS, 3)
+project_qkv_few(const __grid_constant__ Call call)
+{
+    extern __shared__ __align__(128) char smem[];
+    const int size = call.hidden_size, num_tokens = call.batch * call.seq;
+    const int total_rows = (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
+    const int block = static_cast<int>(blockIdx.x) - num_tokens;
+    if (block < 0) {
+        normalise_row(call, blockIdx.x, smem);
+        return;
+    }
+    const few::Place place = few::place_of_block(block, gridDim.x - num_tokens, total_rows, num_tokens);
+    few::Weights w(place, call.qkv_proj, total_rows, size);
+    wait_for_previous_kernel();
+    // Not before: attend_decode reads lengths and cached keys at once, so all calls before this one must have ended.
+    let_next_kernel_begin();
+    int before = 0;
+    if (threadIdx.x == 0) {
+        volatile int* ready = call.counters + READY;
+        while (*ready < num_tokens) __nanosleep(20);
+        __threadfence();
+        before = atomicAdd(&call.counters[DONE], 1);  // the answer is not needed before the end
+    }
+    __syncthreads();
+
+    const int first_key = call.num_q_heads * HEAD_DIM, end_keys = first_key + call.num_kv_heads * HEAD_DIM;
+    const bool has_keys = place.first_row + few::ROWS > first_key && place.first_row < end_keys;
+    few::Sums sums;
+    const long long stride = static_cast<long long>(HIDDEN_PARTS) * size;
+    w.multiply(call.hidden + place.first_token * stride, stride, num_tokens - place.first_token,
+               PARTS == 2 || has_keys ? HIDDEN_PARTS : 1, size, reinterpret_cast<__half*>(smem), sums);
+    if (few::add_up(place, sums, call.partial, call.counters + SPLIT)) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) {
+            const int n = few::row_of(place, e);
+            if (n >= total_rows) continue;
+            const float bias = call.qkv_bias != nullptr ? call.qkv_bias[n] : 0.0f;
+#pragma unroll
+            for (int g = 0; g < GROUPS; ++g) {
+                const int m = few::token_of(place, g, e);
+                if (m < num_tokens) call.qkv[static_cast<long long>(m) * total_rows + n] = sums[g][e] * call.qkv_unscale + bias;
+            }
+        }
+    }
+    if (threadIdx.x == 0 && before == static_cast<int>(gridDim.x) - num_tokens - 1)  // all have seen that rows are ready
+        call.counters[DONE] = call.counters[READY] = 0;
+}
