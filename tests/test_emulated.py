@@ -158,7 +158,7 @@ def test_prefill_chunks_and_steps(gpu, shape, dtype, k_norm_max):
         call(layer, cache, seq, counts, seed=seed)
 
 
-@pytest.mark.parametrize("batch", [10, 20, 40, 70])
+@pytest.mark.parametrize("batch", [10, 20])
 def test_more_sequences_than_share_a_read_of_the_weights(gpu, batch):
     layer = make_layer(config_of(*SHAPES[0]), "bfloat16", TAME)
     lengths = itertools.islice(itertools.cycle([0, 1, 63, 64, 65, 130, 2, 128, 70, 17]), batch)
@@ -168,15 +168,14 @@ def test_more_sequences_than_share_a_read_of_the_weights(gpu, batch):
 # A few new tokens a sequence.
 
 
-@pytest.mark.parametrize("k_norm_max", [TAME, WILD])
-@pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(map(str, shape)))
+@pytest.mark.parametrize(("dtype", "k_norm_max"), [("float16", WILD), ("bfloat16", TAME)])
+@pytest.mark.parametrize("shape", SHAPES[1:5], ids=lambda shape: "-".join(map(str, shape)))
 def test_appends_of_any_shape(gpu, shape, dtype, k_norm_max):
     layer = make_layer(config_of(*shape), dtype, k_norm_max)
     call(layer, filled_cache(layer, [0, 63, 17, 130], 140), 3, [3, 3, 0, 2])
 
 
-@pytest.mark.parametrize("seq", [2, 5, 16, 20])
+@pytest.mark.parametrize("seq", [2, 5, 20])
 def test_appends_at_the_edges_of_tiles(gpu, seq):
     layer = make_layer(config_of(*SHAPES[0]), "float16", TAME)
     call(layer, filled_cache(layer, [0, 15, 300], 330), seq, [seq, seq - 1, 1])
@@ -212,7 +211,7 @@ def test_bits_do_not_depend_on_the_batch_if_that_is_asked_for(gpu, k_norm_max):
         return [np.array(layer(x[rows], cache)) for x in xs]
 
     whole = outputs(list(range(len(lengths))))
-    for rows in ([0], [1], [5], [2, 1], [3, 4, 1]):
+    for rows in ([1], [3, 4]):
         assert all(a[rows].tobytes() == b.tobytes() for a, b in zip(whole, outputs(rows), strict=True))
     call(layer, filled_cache(layer, lengths, 320), 3, [3, 0, 1, 2, 3, 3])
 
