@@ -37,7 +37,6 @@ RESERVED = (
 INSTRUCTIONS = (
     ("griddepcontrol.", "ptx_griddepcontrol", ""),
     ("prefetch.", "ptx_prefetch", ""),
-    ("cp.async.bulk.prefetch.", "ptx_prefetch", ""),
     ("mad.hi.u32", "ptx_mad", ""),
     ("atom.add.", "ptx_atom", ""),
     ("red.release.gpu.global.add.s32 [%0], %1;", "ptx_red", ""),

@@ -158,18 +158,32 @@ def test_prefill_chunks_and_steps(gpu, shape, dtype, k_norm_max):
         call(layer, cache, seq, counts, seed=seed)
 
 
-@pytest.mark.parametrize("batch", [10, 20])
-def test_more_sequences_than_share_a_read_of_the_weights(gpu, batch):
-    layer = make_layer(config_of(*SHAPES[0]), "bfloat16", TAME)
-    lengths = itertools.islice(itertools.cycle([0, 1, 63, 64, 65, 130, 2, 128, 70, 17]), batch)
-    call(layer, filled_cache(layer, list(lengths), 140), 1)
+def many_lengths(batch: int) -> list[int]:
+    return list(itertools.islice(itertools.cycle([0, 1, 63, 64, 65, 130, 2, 128, 70, 17]), batch))
+
+
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD])
+def test_more_sequences_than_share_a_read_of_the_weights(gpu, k_norm_max):
+    layer = make_layer(config_of(*SHAPES[0]), "bfloat16", k_norm_max)
+    call(layer, filled_cache(layer, many_lengths(10), 140), 1)
+
+
+@pytest.mark.parametrize(
+    ("batch", "first"),
+    [(20, "project_qkv_few"), (40, "project_qkv_few"), (70, "project_qkv_few"), (260, "project_qkv")],
+)
+def test_decode_of_any_number_of_sequences(gpu, batch, first):
+    """Tiles of 16, 32 and 64 tokens, two of these, and the products of prefill."""
+    layer = make_layer(config_of(*SHAPES[4]), "float16", WILD)
+    call(layer, filled_cache(layer, many_lengths(batch), 140), 1)
+    assert next(iter(layer._backend._launches.values()))[0].name == first
 
 
 # A few new tokens a sequence.
 
 
 @pytest.mark.parametrize(("dtype", "k_norm_max"), [("float16", WILD), ("bfloat16", TAME)])
-@pytest.mark.parametrize("shape", SHAPES[1:5], ids=lambda shape: "-".join(map(str, shape)))
+@pytest.mark.parametrize("shape", SHAPES[1:], ids=lambda shape: "-".join(map(str, shape)))
 def test_appends_of_any_shape(gpu, shape, dtype, k_norm_max):
     layer = make_layer(config_of(*shape), dtype, k_norm_max)
     call(layer, filled_cache(layer, [0, 63, 17, 130], 140), 3, [3, 3, 0, 2])

@@ -57,6 +57,7 @@ CALLS = {  # tokens already cached, new rows of x, how many of those are tokens 
     "speculative step": ([5, 700, 2999], 4, None),
     "speculative step of 12": (LENGTHS_OF_12, 5, [5, 0, 1, 2, 3, 4] * 2),
     "step of 70": ((LENGTHS_OF_12 * 6)[:70], 1, None),
+    "step of 264": (LENGTHS_OF_12 * 22, 1, None),
 }
 
 

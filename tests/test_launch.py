@@ -77,7 +77,7 @@ def test_shared_memory_of_decode_is_what_the_kernel_takes(tmp_path, monkeypatch,
 def test_three_launches_that_fit_the_gpu(name, gpu):
     config, limits = CONFIGS[name], GPUS[gpu]
     for dtype, precise, batch, seq in itertools.product(
-        ("float16", "bfloat16"), (False, True), (1, 8, 64), (1, 2, 600)
+        ("float16", "bfloat16"), (False, True), (1, 8, 64, 300), (1, 2, 600)
     ):
         shape = launch.Shape(dtype, config.head_dim, precise, windowed=False, float32_angles=False)
         calls = [wgmma.prefill(config, shape, limits, batch, seq, past_tiles=3, collect=False)]

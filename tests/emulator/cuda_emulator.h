@@ -598,7 +598,7 @@ inline size_t __cvta_generic_to_shared(const void* p) {
 // Inline PTX, by its first word.
 
 inline void ptx_griddepcontrol() {}
-inline void ptx_prefetch(const void*, int = 0) {}
+inline void ptx_prefetch(const void*) {}
 inline void ptx_nothing(int&) {}
 inline void ptx_nothing(float&) {}
 inline void ptx_fence() {}
