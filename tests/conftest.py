@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import cupy_attn as ca
-from cupy_attn import cuda
+from cupy_attn import cpu, cuda
 
 # Maxima of |k_norm.weight| the tests are run at: the threshold, Qwen3-0.6B layers 1 and 0, and far beyond.
 K_NORM_MAXIMA = (20.0, 44.5, 96.5, 1000.0)
@@ -106,3 +106,12 @@ def pytest_collection_modifyitems(items) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore::cupy_attn.errors.SlowPathWarning"))
         if problem and "gpu" in item.keywords:
             item.add_marker(pytest.mark.skip(reason=problem))
+
+
+@pytest.fixture
+def small_blocks(monkeypatch):
+    """Make every block of the CPU backend so small that a few tokens cross its edges, in two threads."""
+    for name, value in (("THREADED_ROWS", 2), ("PROJECT_ROWS", 8), ("NORM_ROWS", 3), ("ATTEND_ROWS", 16),
+                        ("ATTEND_KEYS", 8), ("DECODE_KEYS", 8), ("DECODE_ROWS", 2)):  # fmt: skip
+        monkeypatch.setattr(cpu, name, value)
+    monkeypatch.setattr(cpu, "workers", lambda: 2)
