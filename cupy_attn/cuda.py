@@ -141,12 +141,14 @@ class _Weights:
         self.v_scale = 1.0 if weights.dtype == np.float16 else _power_of_two(v_bound, VALUE_BITS)
 
         _, factor = inverse_frequencies(config, angles=angles)
-        norms: dict[str, tuple[Any, float]] = {}
+        norms: dict[str, tuple[np.ndarray, float]] = {}
         for name in ("q_norm", "k_norm"):
             bound = math.sqrt(config.head_dim) * float(np.abs(wide[name]).max()) * factor
             scale = _power_of_two(bound, OPERAND_BITS)
-            norms[name] = cupy.asarray(wide[name] * np.float32(factor * scale)), scale
-        (self.q_norm, q_scale), (self.k_norm, k_scale) = norms["q_norm"], norms["k_norm"]
+            norms[name] = wide[name] * np.float32(factor * scale), scale
+        (q_norm, q_scale), (k_norm, k_scale) = norms["q_norm"], norms["k_norm"]
+        self.q_norm, self.k_norm = cupy.asarray(q_norm), cupy.asarray(k_norm)
+        self.k_turns = None if angles == "float32" else cupy.asarray(_turns(config, k_norm))
         self.qkv_bias = None if "qkv_bias" not in wide else cupy.asarray(wide["qkv_bias"])
         self.o_bias = None if "o_bias" not in wide else cupy.asarray(wide["o_bias"])
         self.frequency = cupy.asarray(_frequencies(config, angles))
@@ -170,6 +172,20 @@ def _frequencies(config: AttentionConfig, angles: str) -> np.ndarray:
         return inv_freq.view(np.uint32).astype(np.uint64) << np.uint64(32)
     turns = inv_freq / (2 * np.pi)
     return np.array([int(turn * 2**64) % 2**64 for turn in turns.tolist()], np.uint64)
+
+
+def _turns(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:
+    """Return what attend_decode.cu multiplies normalised keys with, [DECODE_TILE, D/2, 4] float32.
+
+    Of key ``offset`` of a tile and a pair of dims, w its two weights: w_low cos, w_high sin, w_high cos, w_low sin. Odd
+    offsets have neighbouring pairs in opposite order, as the kernel reads them.
+    """
+    inv_freq, _ = inverse_frequencies(config, angles="float64")
+    angles = np.arange(launch.DECODE_TILE)[:, None] * inv_freq
+    low, high = np.split(k_norm.astype(np.float64), 2)
+    turns = np.stack([low * np.cos(angles), high * np.sin(angles), high * np.cos(angles), low * np.sin(angles)], axis=-1)
+    turns[1::2] = turns[1::2].reshape(-1, inv_freq.size // 2, 2, 4)[:, :, ::-1].reshape(-1, inv_freq.size, 4)
+    return np.ascontiguousarray(turns, np.float32)
 
 
 class CudaBackend:

@@ -29,8 +29,8 @@ HIDDEN_PARTS = 2  # project.cuh: float16 numbers that hold one normalised hidden
 
 _POINTERS = (
     "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "o_proj", "input_norm", "q_norm", "k_norm",
-    "qkv_bias", "o_bias", "frequency", "k_cache", "v_cache", "lengths", "cached_positions", "fault", "rows", "hidden",
-    "q", "k", "v", "attention", "qkv", "partial", "counters", "stage_input_norm", "stage_q", "stage_k",
+    "qkv_bias", "o_bias", "frequency", "k_turns", "k_cache", "v_cache", "lengths", "cached_positions", "fault", "rows",
+    "hidden", "q", "k", "v", "attention", "qkv", "partial", "counters", "stage_input_norm", "stage_q", "stage_k",
     "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope", "stage_row_max", "stage_lse",
     "stage_attention", "stage_output",
 )  # fmt: skip
@@ -68,7 +68,7 @@ class Limits:
 
 
 STATIC_SMEM = 512  # at most, of the kernels below but the gemv ones, rounded up to how their dynamic memory is aligned
-GEMV_STATIC_SMEM = 8448
+GEMV_STATIC_SMEM = 33024
 RESERVED_SMEM = 1024  # of every block, by the driver (CUDA C++ Programming Guide, compute capabilities)
 
 

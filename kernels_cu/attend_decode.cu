@@ -12,7 +12,7 @@
 // its run and copies its first tiles before it waits for q, k and v.
 //
 // Rotations only matter relative to each other: the query is rotated by its distance from a tile's first key, and the keys
-// by 0, 1, ... 15: angles that are the same for every tile and lie in a table, k_norm in them. A tile whose positions have
+// by 0, 1, ... 15: angles that are the same for every tile and call and lie in a table, k_norm in them. A tile whose positions have
 // gaps and span more takes a pass for every 16 positions.
 //
 // Grid: a block a multiprocessor; block 32 WARPS threads. Shared memory: see Shared below. -D: those of call.cuh,
@@ -59,7 +59,7 @@ struct alignas(16) Shared {
 #ifdef FLOAT32_ANGLES
     float k_norm[HEAD_DIM];
 #else
-    float4 turn[TILE * PAIRS];                 // w_low cos, w_high sin, w_high cos, w_low sin of offset and pair
+    float4 turn[TILE * PAIRS];                 // call.k_turns
 #endif
     __half q[WARPS][PARTS][ROWS * STRIDE];     // q' for a warp's tile
     float q_norm[ROWS * HEAD_DIM];             // normalised queries, not rotated
@@ -67,7 +67,8 @@ struct alignas(16) Shared {
     float2 found[WARPS][ROWS];                 // of a warp's tiles: what scores are relative to, sum of weights
 };
 
-// Where the factors of (offset, pair) lie: two keys next to each other take a thread's two pairs in opposite order.
+// Where the factors of (offset, pair) lie in call.k_turns, w_low cos, w_high sin, w_high cos, w_low sin: two keys next to
+// each other take a thread's two pairs in opposite order, so that reads of eight lanes meet no bank twice.
 __device__ __forceinline__ int turn_index(int offset, int pair) { return offset * PAIRS + (pair ^ (offset & 1)); }
 
 constexpr int SUM_STRIDE = SWIZZLED ? HEAD_DIM : HEAD_DIM + 4;
@@ -83,27 +84,24 @@ __device__ __forceinline__ int work_out_here(int value) {
     return value;
 }
 
-// Write what does not depend on tokens, a thread for each pair of dims, or several.
-__device__ __forceinline__ void make_tables(const Call& call, Shared& shared) {
-    constexpr int LANES = THREADS / PAIRS > 0 ? THREADS / PAIRS : 1;
+// Ask for what does not depend on tokens, ahead of keys: behind them it would stand in line.
+__device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
+    const auto copy = [](void* target, const void* source, int bytes) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < PAIRS * LANES; i += THREADS) {
-        const int pair = i % PAIRS;
-        const uint2 frequency = reinterpret_cast<const uint2*>(call.frequency)[pair];
-        const float low = call.k_norm[pair], high = call.k_norm[pair + PAIRS];
+        for (int i = threadIdx.x * 16; i < bytes; i += THREADS * 16)
+            copy16_async(static_cast<char*>(target) + i, static_cast<const char*>(source) + i, true);
+    };
 #ifdef FLOAT32_ANGLES
-        shared.k_norm[pair] = low, shared.k_norm[pair + PAIRS] = high;
+    copy(shared.k_norm, call.k_norm, sizeof(shared.k_norm));
 #else
-#pragma unroll 1
-        for (int offset = i / PAIRS; offset < TILE; offset += LANES) {
-            float cosine, sine;
-            rotation(offset, frequency, cosine, sine);
-            shared.turn[turn_index(offset, pair)] = make_float4(low * cosine, high * sine, high * cosine, low * sine);
-        }
+    copy(shared.turn, call.k_turns, sizeof(shared.turn));
 #endif
-        shared.frequency[pair] = frequency;
-    }
-    // Rows past the last query head: their scores must be numbers.
+    copy(shared.frequency, call.frequency, sizeof(shared.frequency));
+    copies_commit();
+}
+
+// Rows past the last query head: their scores must be numbers.
+__device__ __forceinline__ void clear_queries(Shared& shared) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.q) / 16); i += THREADS)
         reinterpret_cast<uint4*>(shared.q)[i] = make_uint4(0, 0, 0, 0);
@@ -131,13 +129,13 @@ attend_decode(const __grid_constant__ Call call)
     const int queries = IS_ONE ? group : group * call.seq;  // of a KV head and sequence
     const int heads_a_sequence = call.num_kv_heads * ((queries + ROWS - 1) / ROWS);
     const SequenceTiles mine = sequence_tiles(call, lane);
-    make_tables(call, shared);  // ahead of the copies: its loads would stand in line behind them
     const Shares shares = share_out(call, heads_a_sequence, mine);
     Cursor at;
     if (!find(call, shares, heads_a_sequence, mine, blockIdx.x * shares.size, at)) {
         wait_for_previous_kernel();  // the next kernel takes the end of this one for the end of that one, too
         return;
     }
+    copy_tables(call, shared);
 
     // q, k and v of a new token.
     const auto qkv_of = [&](int b, int token) {
@@ -226,6 +224,7 @@ attend_decode(const __grid_constant__ Call call)
         }
         if (pass == 0) {
             new_at = new_position(call, at.b, at.past, at.count - 1);
+            clear_queries(shared);
             wait_for_previous_kernel();
         }
     }
@@ -270,6 +269,7 @@ attend_decode(const __grid_constant__ Call call)
         }
     };
     normalise_queries(at);
+    copies_wait<2 * STAGES>();  // of all groups but the ring's
     __syncthreads();
 
     int stage = 0;

@@ -10,7 +10,8 @@
 #include "storage.cuh"
 
 constexpr int ROWS = gemv::TILE * TILES;  // of a block
-constexpr int UNROLL = 3;
+using Memory = gemv::WarpMemory<TILES>;
+constexpr int UNROLL = TILES == 4 ? 2 : 3;
 
 // Elements between vectors: half a bank cycle apart, so that two vectors a 16-byte read touches do not collide.
 __device__ __forceinline__ int stride_of(int hidden_size) { return (hidden_size + 63) / 64 * 64 + 32; }
@@ -22,7 +23,7 @@ extern "C" __global__ void __maxnreg__(MOST_REGISTERS)
 decode_project(const __grid_constant__ Call call)
 {
     extern __shared__ __align__(16) float input_norm[];
-    __shared__ __align__(16) float sums[gemv::WARPS * ROWS * gemv::MAX_VECTORS];
+    __shared__ __align__(16) Memory memory[gemv::WARPS];
     __shared__ __align__(16) float squares[gemv::MAX_VECTORS][gemv::WARPS];
     const int num_tokens = call.batch * call.seq;
     const int size = call.hidden_size, stride = stride_of(size);
@@ -37,7 +38,8 @@ decode_project(const __grid_constant__ Call call)
     }
     const int warp = threadIdx.x / 32, m = threadIdx.x % 32 / 4;
 
-    gemv::Rows<TILES, UNROLL> w(call.qkv_proj + static_cast<long long>(first) * size, total_rows - first, size);
+    gemv::Rows<TILES, UNROLL> w(call.qkv_proj + static_cast<long long>(first) * size, total_rows - first, size,
+                                memory);
     for (int i = threadIdx.x * 4; i < size; i += gemv::THREADS * 4) copy16_async(input_norm + i, call.input_norm + i, true);
     wait_for_previous_kernel();
     // Not before: attend_decode reads lengths and cached keys at once, so all calls before this one must have ended.
@@ -67,7 +69,7 @@ decode_project(const __grid_constant__ Call call)
     for (int i = 0; i < gemv::WARPS; ++i) sum_squares += squares[m][i];
     const float rstd = rsqrtf(sum_squares / size + call.eps);
 
-    w.multiply<2, 1>(sums, [&](int k, uint4 (&parts)[2]) {
+    w.multiply<2, 1>([&](int k, uint4 (&parts)[2]) {
         float values[VECTOR] = {}, scale[VECTOR];
         if (m < num_tokens && k < size) {
             load8(x_smem + m * stride + k, values);
@@ -89,6 +91,6 @@ decode_project(const __grid_constant__ Call call)
     static_assert(ROWS * gemv::MAX_VECTORS <= gemv::THREADS, "a thread to a sum");
     if (b < num_tokens && n < total_rows)
         call.qkv[static_cast<long long>(b) * total_rows + n] =
-            gemv::sum_of_warps<TILES>(sums, threadIdx.x) * call.qkv_unscale +
+            gemv::sum_of_warps(memory, threadIdx.x) * call.qkv_unscale +
             (call.qkv_bias != nullptr ? call.qkv_bias[n] : 0.0f);
 }

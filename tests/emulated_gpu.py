@@ -87,6 +87,7 @@ INSTRUCTIONS = (
     ("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
     ("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
     ("mapa.shared::cluster.u32 %0, %1, %2;", "ptx_address_in", ""),
+    ("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];", "ptx_load_there", ""),
     ("elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }", "ptx_elect", ""),
     ("mbarrier.arrive.shared::cluster.b64 _, [%0];", "ptx_barrier_arrive_at", ""),
     ("setmaxnreg.inc.", "ptx_setmaxnreg", ""),
