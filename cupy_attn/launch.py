@@ -95,8 +95,8 @@ class Shape:
 class Launch:
     """One kernel of a call.
 
-    ``overlaps``: it may begin before the one ahead of it has ended (launcher.py). ``cluster``: how many blocks run
-    together; the grid is then cut to what the GPU holds at a time. ``boxes``: the arrays that it copies
+    ``overlaps``: it may begin before the one ahead of it has ended (launcher.py). ``cluster``: of how many blocks those
+    clusters are that go on until all work is done; the grid is then cut to what the GPU holds at a time. ``boxes``: the arrays that it copies
     through tensor maps, in the order of its ``struct Maps``, and the rows of one copy.
     """
 
@@ -291,7 +291,8 @@ def _few(name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size
         (n for n in range(1, MAX_SPLITS + 1) if n == 1 or (n <= chunks and tiles * n <= 3 * limits.num_sms)),
         key=lambda n: (-(-tiles * n // limits.num_sms) / n, abs(tiles * n - 2 * limits.num_sms)),
     )
-    macros = macros_of(shape, GROUPS=groups)
+    cluster = splits if limits.wgmma else 1  # on Hopper: where they were measured
+    macros = macros_of(shape, GROUPS=groups, CLUSTER=cluster)
     smem = FEW_STAGES * parts * 8 * groups * FEW_CHUNK * 2
     return Launch(name, macros, tiles * splits * -(-tokens // (8 * groups)), FEW_THREADS, smem, overlaps=True)
 
@@ -300,9 +301,9 @@ def project_qkv_few(config: AttentionConfig, shape: Shape, limits: Limits, token
     """Launch of ``project_qkv_few.cu``."""
     rows = config.q_size + 2 * config.kv_size
     one = _few("project_qkv_few", shape, limits, tokens, rows, config.hidden_size, HIDDEN_PARTS)
-    # A block to normalise each token, with its row and the norm's weight in shared memory.
-    smem = max(one.smem_bytes, config.hidden_size * (4 + 2))
-    return dataclasses.replace(one, grid=tokens + one.grid, smem_bytes=smem)
+    # A block to normalise each token, with its row and the norm's weight in shared memory; whole clusters of them.
+    smem, cluster = max(one.smem_bytes, config.hidden_size * (4 + 2)), int(dict(one.macros)["CLUSTER"])
+    return dataclasses.replace(one, grid=-(-tokens // cluster) * cluster + one.grid, smem_bytes=smem)
 
 
 def project_output_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: int) -> Launch:
@@ -311,8 +312,8 @@ def project_output_few(config: AttentionConfig, shape: Shape, limits: Limits, to
 
 
 def few_floats(one: Launch) -> int:
-    """Return the floats that blocks of ``project_*_few.cu`` leave for each other."""
-    return one.grid * FEW_ROWS * 8 * int(dict(one.macros)["GROUPS"])
+    """Return the floats that blocks of ``project_*_few.cu`` leave for each other in memory."""
+    return 0 if dict(one.macros)["CLUSTER"] != "1" else one.grid * FEW_ROWS * 8 * int(dict(one.macros)["GROUPS"])
 
 
 def few_counters(one: Launch) -> int:

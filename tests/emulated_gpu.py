@@ -285,7 +285,7 @@ def kernel(name: str, macros: Macros):
     source = (kernels.SOURCES / f"{name}.cu").read_text()
     alignment = re.search(r"extern __shared__ __align__\((\d+)\)", source)
     start = RESERVED + (int(alignment[1]) if alignment else 0)
-    cluster = re.search(r"__cluster_dims__\(([^,]+), 1, 1\)", source)
+    cluster = dict(macros).get("CLUSTER", "1")
     has_maps = re.search(r"const __grid_constant__ Maps\b", source) is not None
     arguments = "*call, own" if has_maps else "*call"
     copy_maps = (
@@ -303,7 +303,7 @@ def kernel(name: str, macros: Macros):
             "                           const void* maps, size_t bytes) {\n"
             f"{copy_maps if has_maps else ''}"
             f"    emulator::shared_start = {start};\n"
-            f"    return emulator::launch(grid, threads, {cluster[1] if cluster else 1}, smem, seed,\n"
+            f"    return emulator::launch(grid, threads, {cluster}, smem, seed,\n"
             f"                            [=] {{ {name}({arguments}); }});\n}}\n"
         )
         library = Path(folder) / "kernel.so"
