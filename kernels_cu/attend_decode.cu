@@ -175,7 +175,7 @@ attend_decode(const __grid_constant__ Call call)
     };
     // Append the new tokens that belong to the tile to the cache and to the tile.
     const auto append = [&](const Cursor& to, int stage, bool is_v) {
-        if (to.past - to.slot >= TILE) return;
+        if (to.past - to.slot >= TILE || to.slot < 0) return;
         // Few tiles come this far: no part of it is to be worked out ahead of that.
         const int past = work_out_here(to.past), kv_head_idx = work_out_here(to.kv_head_idx);
         const int position = new_position(call, to.b, past, to.count - 1);
@@ -203,30 +203,32 @@ attend_decode(const __grid_constant__ Call call)
         while (more && ahead.slot >= ahead.end) more = next_head(call, heads_a_sequence, ahead);
     };
 
-    // Fill the ring; the second time, with the new tokens that come from the kernel before this one.
-    int new_at = 0;  // position of the last new token
+    // Fill the ring; then, with the new tokens, which come from the kernel before this one, those tiles that have any.
     int next_position = 0, later_position = 0;  // of the keys of the next tile and the one after
+    Cursor filled[STAGES];
 #pragma unroll 1
-    for (int pass = 0; pass < 2; ++pass) {
-        ahead = at, more = true;
+    for (int i = 0;; ++i) {
+        find_ahead();
+        if (i == STAGES) break;
+        filled[0] = filled[STAGES - 1], filled[STAGES - 1] = ahead;
+        if (!more) filled[STAGES - 1].slot = -TILE;
 #pragma unroll 1
-        for (int i = 0;; ++i) {
-            find_ahead();
-            if (i == STAGES) break;
-#pragma unroll 1
-            for (int is_v = 0; is_v < 2; ++is_v) {
-                if (more && pass == 0) copy(ahead, i, is_v);
-                if (more && pass == 1) append(ahead, i, is_v);
-                if (pass == 0) copies_commit();
-            }
-            if (pass == 0) next_position = later_position, later_position = more ? position_of(ahead) : 0;
-            if (more) go_on(ahead);
+        for (int is_v = 0; is_v < 2; ++is_v) {
+            if (more) copy(ahead, i, is_v);
+            copies_commit();
         }
-        if (pass == 0) {
-            new_at = new_position(call, at.b, at.past, at.count - 1);
-            clear_queries(shared);
-            wait_for_previous_kernel();
-        }
+        next_position = later_position, later_position = more ? position_of(ahead) : 0;
+        if (more) go_on(ahead);
+    }
+    static_assert(STAGES == 2, "filled");
+    int new_at = new_position(call, at.b, at.past, at.count - 1);  // position of the last new token
+    clear_queries(shared);
+    wait_for_previous_kernel();
+#pragma unroll 1
+    for (int i = 0; i < STAGES; ++i) {
+#pragma unroll 1
+        for (int is_v = 0; is_v < 2; ++is_v) append(filled[0], i, is_v);
+        filled[0] = filled[STAGES - 1];
     }
 
     // Normalise the queries of a head, a warp to a row; and rotate those of earlier tokens as if they stood where the
@@ -608,25 +610,32 @@ attend_decode(const __grid_constant__ Call call)
         float* const parts = call.partial + static_cast<long long>(first_run + head_idx) * PART;
         const int own_run = BY_PIECES ? at.piece : static_cast<int>(blockIdx.x) - first_run;
         float* const own_part = parts + static_cast<long long>(own_run) * PART;
-        for (int i = threadIdx.x; i < rows * HEAD_DIM; i += THREADS) {
-            const int r = i / HEAD_DIM, d = i % HEAD_DIM;
-            float largest = MINUS_INFINITY, value = 0.0f, sum = 0.0f;
-            // What runs once costs by its length: instructions come from memory, behind everybody's keys.
+        // A warp takes 32 dims of a row; lane w works out the weight of what warp w found. What runs once costs by its length:
+        // instructions come from memory, behind everybody's keys.
+        constexpr int CHUNKS = (HEAD_DIM + 31) / 32;
 #pragma unroll 1
-            for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, shared.found[w][r].x);
-#pragma unroll 1
+        for (int chunk = warp; chunk < rows * CHUNKS; chunk += WARPS) {
+            const int r = chunk / CHUNKS, d = chunk % CHUNKS * 32 + lane;
+            const float2 found = lane < WARPS ? shared.found[lane][r] : make_float2(MINUS_INFINITY, 0.0f);
+            float largest = found.x;
+#pragma unroll
+            for (int lanes = 1; lanes < 32; lanes *= 2)
+                largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+            // Where no key was seen, or all were NaN, there are no weighted v.
+            const float own_weight = found.x == MINUS_INFINITY ? 0.0f : exp2f(found.x - largest);
+            const float sum = warp_sum(found.x == MINUS_INFINITY ? found.y : own_weight * fabsf(found.y));
+            const unsigned second_tiles = __ballot_sync(0xffffffffu, found.y < 0.0f);
+            const float* const sums = reinterpret_cast<const float*>(shared.ring) + sum_index(r, min(d, HEAD_DIM - 1));
+            float value = 0.0f;
+#pragma unroll
             for (int w = 0; w < WARPS; ++w) {
-                const float2 found = shared.found[w][r];
-                if (found.x == MINUS_INFINITY) {  // no key was seen, or all were NaN: there are no weighted v
-                    sum += found.y;
-                    continue;
-                }
-                const float weight = exp2f(found.x - largest);
-                const Tile* tile = &shared.ring[w][found.y < 0.0f ? 1 : 0];
-                value += weight * reinterpret_cast<const float*>(tile)[sum_index(r, d)];
-                sum += weight * fabsf(found.y);
+                const float weight = __shfl_sync(0xffffffffu, own_weight, w);
+                const float found_v = sums[(w * STAGES + (second_tiles >> w & 1)) * static_cast<int>(sizeof(Tile) / 4)];
+                value = weight == 0.0f ? value : value + weight * found_v;
             }
-            if (num_runs == 1) {
+            if (d >= HEAD_DIM) continue;
+            const int i = r * HEAD_DIM + d;
+            if (work_out_here(num_runs) == 1) {  // here: not two loops
                 *attention_of(i) = __float2half_rn(value / sum * call.v_scale);
             } else {
                 own_part[i] = value;

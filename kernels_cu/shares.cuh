@@ -78,6 +78,7 @@ struct Shares {
 __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequence, const SequenceTiles& mine) {
     const int lane = threadIdx.x % 32, blocks = gridDim.x;
     int total = 0, most = 0, least = 0x7fffffff;
+#pragma unroll 1  // code that is skipped is fetched all the same
     for (int first = 0; first < call.batch; first += 32) {
         const int tiles = first == 0 ? mine.tiles : sequence_tiles(call, first + lane).tiles;
         total += BY_PIECES ? pieces_of(tiles) : tiles;
@@ -142,6 +143,7 @@ __device__ __forceinline__ bool find(const Call& call, const Shares& shares, int
                                      const SequenceTiles& mine, int place, Cursor& at) {
     const int lane = threadIdx.x % 32;
     int begin = 0;
+#pragma unroll 1
     for (int first = 0; first < call.batch; first += 32) {
         const SequenceTiles s = first == 0 ? mine : sequence_tiles(call, first + lane);
         const int width = shares.width(s.tiles), here = width * heads_a_sequence;
