@@ -227,7 +227,7 @@ def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits, seq: in
     most = alone and limits.wgmma and dim <= 128 and seq == 1 and head_tiles == 1 and not shape.batch_invariant
     many = (11, 10, 9) if most else ()
     for warps in (*many, 8, 4, 2, 1):
-        ring = warps * DECODE_STAGES * DECODE_TILE * 2 * (dim if dim % 64 == 0 else stride) * 2
+        ring = warps * DECODE_STAGES * DECODE_TILE * (2 * (dim if dim % 64 == 0 else stride) * 2 + 4)
         queries = warps * (shape.parts * rows * stride * 2 + rows * 8) + rows * dim * 4
         tables = dim * 8 if shape.float32_angles else DECODE_TILE * dim * 8 + dim * 4
         smem = ring + queries + tables

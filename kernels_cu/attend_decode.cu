@@ -64,6 +64,7 @@ struct alignas(16) Shared {
     __half q[WARPS][PARTS][ROWS * STRIDE];     // q' for a warp's tile
     float q_norm[ROWS * HEAD_DIM];             // normalised queries, not rotated
     uint2 frequency[PAIRS];
+    int positions[WARPS][STAGES][TILE];        // of the keys in the ring, but for new tokens
     float2 found[WARPS][ROWS];                 // of a warp's tiles: what scores are relative to, sum of weights
 };
 
@@ -123,7 +124,6 @@ attend_decode(const __grid_constant__ Call call)
     __shared__ bool is_last;
     __shared__ int2 runs;  // of a head: the first block, or piece, that has a part in it, and how many have
 
-    let_next_kernel_begin();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
     const int group = call.num_q_heads / call.num_kv_heads;
     const int queries = IS_ONE ? group : group * call.seq;  // of a KV head and sequence
@@ -142,8 +142,11 @@ attend_decode(const __grid_constant__ Call call)
         const int m = IS_ONE ? b : b * call.seq + token;
         return call.qkv + static_cast<long long>(m) * (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
     };
-    // Copying: `ahead` is up to STAGES tiles before the one in use.
+    // Copying: `ahead` is up to STAGES tiles before the one in use. Positions come with k: a load to registers under way
+    // would be waited for with whatever shares its scoreboard.
     const auto copy = [&](const Cursor& to, int stage, bool is_v) {
+        if (!is_v && lane < TILE / 4)
+            copy16_async(&shared.positions[warp][stage][4 * lane], positions_of(call, to.b) + to.slot + 4 * lane, true);
         STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
         const STORAGE* const source = is_v ? call.v_cache + (to.k - call.k_cache) : to.k;
         if (32 % PIECES == 0 && to.slot + TILE <= to.past) {  // a whole tile
@@ -166,12 +169,6 @@ attend_decode(const __grid_constant__ Call call)
                     copy16_async(target + place_of(row, piece), source + (i - lane) * 8, slot < to.past);
             }
         }
-    };
-    // The position of this lane's key of a tile, past L1. It is not needed before the tile is, one or two tiles later.
-    const auto position_of = [&](const Cursor& to) {
-        const int slot = to.slot + lane % TILE;
-        if (!IS_ONE && slot >= to.past && slot < to.past + to.count) return new_position(call, to.b, to.past, slot - to.past);
-        return slot < to.past ? __ldcg(call.cached_positions + static_cast<long long>(to.b) * call.capacity + slot) : 0;
     };
     // Append the new tokens that belong to the tile to the cache and to the tile.
     const auto append = [&](const Cursor& to, int stage, bool is_v) {
@@ -203,8 +200,13 @@ attend_decode(const __grid_constant__ Call call)
         while (more && ahead.slot >= ahead.end) more = next_head(call, heads_a_sequence, ahead);
     };
 
+    // The last new token's position, as soon as its load has ended, which nothing may wait for before that.
+    const bool counts_on = call.positions == nullptr;
+    int new_at = -1;
+    if (!counts_on || at.past > 0)
+        new_at = __ldcg(counts_on ? positions_of(call, at.b) + at.past - 1 : call.positions + at.b * call.seq + at.count - 1);
+
     // Fill the ring; then, with the new tokens, which come from the kernel before this one, those tiles that have any.
-    int next_position = 0, later_position = 0;  // of the keys of the next tile and the one after
     Cursor filled[STAGES];
 #pragma unroll 1
     for (int i = 0;; ++i) {
@@ -217,13 +219,12 @@ attend_decode(const __grid_constant__ Call call)
             if (more) copy(ahead, i, is_v);
             copies_commit();
         }
-        next_position = later_position, later_position = more ? position_of(ahead) : 0;
         if (more) go_on(ahead);
     }
     static_assert(STAGES == 2, "filled");
-    int new_at = new_position(call, at.b, at.past, at.count - 1);  // position of the last new token
     clear_queries(shared);
     wait_for_previous_kernel();
+    if (counts_on) new_at += at.count;
 #pragma unroll 1
     for (int i = 0; i < STAGES; ++i) {
 #pragma unroll 1
@@ -272,6 +273,7 @@ attend_decode(const __grid_constant__ Call call)
     };
     normalise_queries(at);
     copies_wait<2 * STAGES>();  // of all groups but the ring's
+    let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
     __syncthreads();
 
     int stage = 0;
@@ -349,7 +351,6 @@ attend_decode(const __grid_constant__ Call call)
 #pragma unroll 1
                 for (int is_v = is_k_ahead; is_v < 2; ++is_v) {
                     if (more) copy(ahead, stage ^ 1, is_v), append(ahead, stage ^ 1, is_v);
-                    if (more && !is_v) later_position = position_of(ahead);
                     copies_commit();
                 }
                 is_k_ahead = false;
@@ -361,8 +362,11 @@ attend_decode(const __grid_constant__ Call call)
             const STORAGE* const k_smem = shared.ring[warp][stage].k;
             const STORAGE* const v_smem = shared.ring[warp][stage].v;
             const int last = min(TILE - 1, at.past + at.count - 1 - at.slot);  // key
-            const int own_position = IS_ONE && at.slot + lane % TILE == at.past ? new_at : next_position;
-            next_position = later_position;
+            const int own_slot = at.slot + lane % TILE;
+            int own_position = shared.positions[warp][stage][lane % TILE];
+            if (IS_ONE && own_slot >= at.past) own_position = new_at;
+            if (!IS_ONE && own_slot >= at.past && own_slot < at.past + at.count)
+                own_position = new_position(call, at.b, at.past, own_slot - at.past);
             const int first_position = __shfl_sync(0xffffffffu, own_position, 0);
             const int last_position = __shfl_sync(0xffffffffu, own_position, last);
 
@@ -416,10 +420,7 @@ attend_decode(const __grid_constant__ Call call)
 #endif
                 __syncwarp();
                 if (at.slot + WARPS * TILE < at.end && !is_k_ahead) {  // the last tile makes room for what the warp found
-                    if (more) {
-                        copy(ahead, stage, false), append(ahead, stage, false);
-                        later_position = position_of(ahead);
-                    }
+                    if (more) copy(ahead, stage, false), append(ahead, stage, false);
                     copies_commit();
                     is_k_ahead = true;
                 }
