@@ -170,9 +170,10 @@ attend_decode(const __grid_constant__ Call call)
             }
         }
     };
+    const auto has_new_tokens = [](const Cursor& to) { return to.past - to.slot < TILE; };
     // Append the new tokens that belong to the tile to the cache and to the tile.
     const auto append = [&](const Cursor& to, int stage, bool is_v) {
-        if (to.past - to.slot >= TILE || to.slot < 0) return;
+        if (!has_new_tokens(to)) return;
         // Few tiles come this far: no part of it is to be worked out ahead of that.
         const int past = work_out_here(to.past), kv_head_idx = work_out_here(to.kv_head_idx);
         const int position = new_position(call, to.b, past, to.count - 1);
@@ -194,10 +195,10 @@ attend_decode(const __grid_constant__ Call call)
             if (IS_ONE) break;
         }
     };
-    Cursor ahead = at;
-    bool more = true;
-    const auto find_ahead = [&]() {
-        while (more && ahead.slot >= ahead.end) more = next_head(call, heads_a_sequence, ahead);
+    const auto find_tile = [&](Cursor& to) {  // this warp's next, be it of another head
+        bool is_there = true;
+        while (is_there && to.slot >= to.end) is_there = next_head(call, heads_a_sequence, to);
+        return is_there;
     };
 
     // The last new token's position, as soon as its load has ended, which nothing may wait for before that.
@@ -206,14 +207,14 @@ attend_decode(const __grid_constant__ Call call)
     if (!counts_on || at.past > 0)
         new_at = __ldcg(counts_on ? positions_of(call, at.b) + at.past - 1 : call.positions + at.b * call.seq + at.count - 1);
 
-    // Fill the ring; then, with the new tokens, which come from the kernel before this one, those tiles that have any.
-    Cursor filled[STAGES];
+    // Fill the ring. New tokens come from the kernel before this one.
+    Cursor ahead = at;
+    bool more = true, lacks_new = false;
 #pragma unroll 1
     for (int i = 0;; ++i) {
-        find_ahead();
+        more = more && find_tile(ahead);
         if (i == STAGES) break;
-        filled[0] = filled[STAGES - 1], filled[STAGES - 1] = ahead;
-        if (!more) filled[STAGES - 1].slot = -TILE;
+        lacks_new = lacks_new || (more && has_new_tokens(ahead));
 #pragma unroll 1
         for (int is_v = 0; is_v < 2; ++is_v) {
             if (more) copy(ahead, i, is_v);
@@ -221,16 +222,7 @@ attend_decode(const __grid_constant__ Call call)
         }
         if (more) go_on(ahead);
     }
-    static_assert(STAGES == 2, "filled");
     clear_queries(shared);
-    wait_for_previous_kernel();
-    if (counts_on) new_at += at.count;
-#pragma unroll 1
-    for (int i = 0; i < STAGES; ++i) {
-#pragma unroll 1
-        for (int is_v = 0; is_v < 2; ++is_v) append(filled[0], i, is_v);
-        filled[0] = filled[STAGES - 1];
-    }
 
     // Normalise the queries of a head, a warp to a row; and rotate those of earlier tokens as if they stood where the
     // last does, distances being positive; or, where angles must be those of transformers, each to its own place.
@@ -271,11 +263,11 @@ attend_decode(const __grid_constant__ Call call)
             }
         }
     };
-    normalise_queries(at);
-    copies_wait<2 * STAGES>();  // of all groups but the ring's
-    let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
-    __syncthreads();
 
+    // Before the first head there is one of no tiles. In a long run it takes the way through what follows them: code that
+    // was not fetched before keys stream comes behind everybody's, which took 3 us.
+    bool begins = true;
+    const bool is_long = shares.size >= 4 * WARPS;
     int stage = 0;
     bool has_room = false;    // in the ring, for another tile
     bool is_k_ahead = false;  // the k of that tile has been asked for
@@ -312,7 +304,7 @@ attend_decode(const __grid_constant__ Call call)
             }
         };
 
-        if (threadIdx.x == 0) {  // while keys are on their way
+        if (threadIdx.x == 0) {
             runs.x = BY_PIECES ? at.begin : at.begin / shares.size;
             runs.y = BY_PIECES ? at.width : (at.begin + at.width - 1) / shares.size - runs.x + 1;
         }
@@ -344,9 +336,10 @@ attend_decode(const __grid_constant__ Call call)
 #endif
             }
 
-        const bool has_tiles = at.slot < at.end;
+        const int end = begins ? 0 : at.end;
+        const bool has_tiles = at.slot < end;
 #pragma unroll 1
-        while (at.slot < at.end) {
+        while (at.slot < end) {
             if (has_room) {
 #pragma unroll 1
                 for (int is_v = is_k_ahead; is_v < 2; ++is_v) {
@@ -355,7 +348,7 @@ attend_decode(const __grid_constant__ Call call)
                 }
                 is_k_ahead = false;
                 if (more) go_on(ahead);
-                find_ahead();
+                more = more && find_tile(ahead);
             }
             copies_wait<3>();  // k of this tile; v and the next tile's k and v may be on their way
             __syncwarp();
@@ -397,7 +390,7 @@ attend_decode(const __grid_constant__ Call call)
                 rstd[n] = rsqrtf(rstd[n] * (1.0f / HEAD_DIM) + call.eps);
                 offsets[n] = __shfl_sync(0xffffffffu, own_position, n * 8 + lane / 4);
             }
-            const bool has_new = at.slot + TILE > at.past;
+            const bool has_new = has_new_tokens(at);
             const auto is_hidden = [&](int n, int t, int e) {
                 const int key = n * 8 + lane / 4;
                 if (IS_ONE) return key > last || offsets[n] < seen_from[0][0];
@@ -419,7 +412,7 @@ attend_decode(const __grid_constant__ Call call)
                 rotate_queries(new_at - base);
 #endif
                 __syncwarp();
-                if (at.slot + WARPS * TILE < at.end && !is_k_ahead) {  // the last tile makes room for what the warp found
+                if (at.slot + WARPS * TILE < end && !is_k_ahead) {  // the last tile makes room for what the warp found
                     if (more) copy(ahead, stage, false), append(ahead, stage, false);
                     copies_commit();
                     is_k_ahead = true;
@@ -611,11 +604,11 @@ attend_decode(const __grid_constant__ Call call)
         float* const parts = call.partial + static_cast<long long>(first_run + head_idx) * PART;
         const int own_run = BY_PIECES ? at.piece : static_cast<int>(blockIdx.x) - first_run;
         float* const own_part = parts + static_cast<long long>(own_run) * PART;
-        // A warp takes 32 dims of a row; lane w works out the weight of what warp w found. What runs once costs by its length:
-        // instructions come from memory, behind everybody's keys.
+        // A warp takes 32 dims of a row; lane w works out the weight of what warp w found.
         constexpr int CHUNKS = (HEAD_DIM + 31) / 32;
+        const int chunks = begins && !is_long ? 0 : rows * CHUNKS;
 #pragma unroll 1
-        for (int chunk = warp; chunk < rows * CHUNKS; chunk += WARPS) {
+        for (int chunk = warp; chunk < chunks; chunk += WARPS) {
             const int r = chunk / CHUNKS, d = chunk % CHUNKS * 32 + lane;
             const float2 found = lane < WARPS ? shared.found[lane][r] : make_float2(MINUS_INFINITY, 0.0f);
             float largest = found.x;
@@ -636,18 +629,37 @@ attend_decode(const __grid_constant__ Call call)
             }
             if (d >= HEAD_DIM) continue;
             const int i = r * HEAD_DIM + d;
+            const __half attention = __float2half_rn(value / sum * call.v_scale);
+            if (begins) continue;
             if (work_out_here(num_runs) == 1) {  // here: not two loops
-                *attention_of(i) = __float2half_rn(value / sum * call.v_scale);
+                *attention_of(i) = attention;
             } else {
                 own_part[i] = value;
                 if (d == 0) reinterpret_cast<float2*>(own_part + ROWS * HEAD_DIM)[r] = make_float2(largest, sum);
             }
         }
         Cursor next = at;
-        const bool goes_on = at.left > 0 && next_head(call, heads_a_sequence, next);
-        if (goes_on) {
-            normalise_queries(next);
+        const bool goes_on = begins || (at.left > 0 && next_head(call, heads_a_sequence, next));
+        if (begins) {
+            wait_for_previous_kernel();
+            if (counts_on) new_at += at.count;
+            Cursor to = at;
+#pragma unroll 1
+            for (int i = 0; lacks_new && i < STAGES && find_tile(to); ++i) {
+#pragma unroll 1
+                for (int is_v = 0; is_v < 2; ++is_v) append(to, i, is_v);
+                go_on(to);
+            }
+        } else if (goes_on) {
             new_at = new_position(call, next.b, next.past, next.count - 1);
+        }
+        if (goes_on) normalise_queries(next);
+        if (begins) {
+            copies_wait<2 * STAGES>();  // of all groups but the ring's
+            let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
+            __syncthreads();
+            begins = false;
+            continue;
         }
         __syncthreads();
         if (num_runs > 1) {
