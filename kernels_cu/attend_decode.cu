@@ -223,6 +223,17 @@ attend_decode(const __grid_constant__ Call call)
         if (more) go_on(ahead);
     }
     clear_queries(shared);
+    wait_for_previous_kernel();
+    if (counts_on) new_at += at.count;
+    if (lacks_new) {
+        Cursor to = at;
+#pragma unroll 1
+        for (int i = 0; i < STAGES && find_tile(to); ++i) {
+#pragma unroll 1
+            for (int is_v = 0; is_v < 2; ++is_v) append(to, i, is_v);
+            go_on(to);
+        }
+    }
 
     // Normalise the queries of a head, a warp to a row; and rotate those of earlier tokens as if they stood where the
     // last does, distances being positive; or, where angles must be those of transformers, each to its own place.
@@ -263,11 +274,11 @@ attend_decode(const __grid_constant__ Call call)
             }
         }
     };
+    normalise_queries(at);
+    copies_wait<2 * STAGES>();  // of all groups but the ring's
+    let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
+    __syncthreads();
 
-    // Before the first head there is one of no tiles. In a long run it takes the way through what follows them: code that
-    // was not fetched before keys stream comes behind everybody's, which took 3 us.
-    bool begins = true;
-    const bool is_long = shares.size >= 4 * WARPS;
     int stage = 0;
     bool has_room = false;    // in the ring, for another tile
     bool is_k_ahead = false;  // the k of that tile has been asked for
@@ -336,10 +347,9 @@ attend_decode(const __grid_constant__ Call call)
 #endif
             }
 
-        const int end = begins ? 0 : at.end;
-        const bool has_tiles = at.slot < end;
+        const bool has_tiles = at.slot < at.end;
 #pragma unroll 1
-        while (at.slot < end) {
+        while (at.slot < at.end) {
             if (has_room) {
 #pragma unroll 1
                 for (int is_v = is_k_ahead; is_v < 2; ++is_v) {
@@ -412,7 +422,7 @@ attend_decode(const __grid_constant__ Call call)
                 rotate_queries(new_at - base);
 #endif
                 __syncwarp();
-                if (at.slot + WARPS * TILE < end && !is_k_ahead) {  // the last tile makes room for what the warp found
+                if (at.slot + WARPS * TILE < at.end && !is_k_ahead) {  // the last tile makes room for what the warp found
                     if (more) copy(ahead, stage, false), append(ahead, stage, false);
                     copies_commit();
                     is_k_ahead = true;
@@ -606,9 +616,8 @@ attend_decode(const __grid_constant__ Call call)
         float* const own_part = parts + static_cast<long long>(own_run) * PART;
         // A warp takes 32 dims of a row; lane w works out the weight of what warp w found.
         constexpr int CHUNKS = (HEAD_DIM + 31) / 32;
-        const int chunks = begins && !is_long ? 0 : rows * CHUNKS;
 #pragma unroll 1
-        for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+        for (int chunk = warp; chunk < rows * CHUNKS; chunk += WARPS) {
             const int r = chunk / CHUNKS, d = chunk % CHUNKS * 32 + lane;
             const float2 found = lane < WARPS ? shared.found[lane][r] : make_float2(MINUS_INFINITY, 0.0f);
             float largest = found.x;
@@ -629,37 +638,18 @@ attend_decode(const __grid_constant__ Call call)
             }
             if (d >= HEAD_DIM) continue;
             const int i = r * HEAD_DIM + d;
-            const __half attention = __float2half_rn(value / sum * call.v_scale);
-            if (begins) continue;
             if (work_out_here(num_runs) == 1) {  // here: not two loops
-                *attention_of(i) = attention;
+                *attention_of(i) = __float2half_rn(value / sum * call.v_scale);
             } else {
                 own_part[i] = value;
                 if (d == 0) reinterpret_cast<float2*>(own_part + ROWS * HEAD_DIM)[r] = make_float2(largest, sum);
             }
         }
         Cursor next = at;
-        const bool goes_on = begins || (at.left > 0 && next_head(call, heads_a_sequence, next));
-        if (begins) {
-            wait_for_previous_kernel();
-            if (counts_on) new_at += at.count;
-            Cursor to = at;
-#pragma unroll 1
-            for (int i = 0; lacks_new && i < STAGES && find_tile(to); ++i) {
-#pragma unroll 1
-                for (int is_v = 0; is_v < 2; ++is_v) append(to, i, is_v);
-                go_on(to);
-            }
-        } else if (goes_on) {
+        const bool goes_on = at.left > 0 && next_head(call, heads_a_sequence, next);
+        if (goes_on) {
+            normalise_queries(next);
             new_at = new_position(call, next.b, next.past, next.count - 1);
-        }
-        if (goes_on) normalise_queries(next);
-        if (begins) {
-            copies_wait<2 * STAGES>();  // of all groups but the ring's
-            let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
-            __syncthreads();
-            begins = false;
-            continue;
         }
         __syncthreads();
         if (num_runs > 1) {

@@ -97,7 +97,7 @@ __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequen
         return {max(1, (most + runs - 1) / runs), true};
     }
     const int whole_heads = (heads + blocks - 1) / blocks * most;  // an uneven end may cost less than crossing heads
-    return {whole_heads <= even + even / 16 ? whole_heads : even, false};
+    return {whole_heads <= even + even / 64 ? whole_heads : even, false};
 }
 
 // A place in a block's run: the next tile of this warp, and the head it belongs to.
