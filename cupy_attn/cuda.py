@@ -89,11 +89,12 @@ def specialisations(
     """Return every kernel that a layer of a config needs, in a storage dtype, on the precise or the normal path."""
     if launch.supported(config, dtype.name) is not None:
         return []
-    gpu = H200
+    gpu, decoding = H200, [H200, dataclasses.replace(H200, wgmma=False)]
     if problem() is None:
         import cupy
 
         gpu = limits(cupy.cuda.Device().id)
+        decoding = [gpu]
     shape = Shape(dtype.name, config.head_dim, precise, windowed, float32_angles=False)
     # Rows of many prompts: what tiles a product takes goes by how they fill the GPU.
     prompts = [(gpu, rows) for n in range(17) for rows in (1 << n, 3 << n)]
@@ -105,7 +106,12 @@ def specialisations(
             for offered, rows in prompts
             for one in wgmma.prefill(config, shape, offered, 1, rows, past_tiles=0, collect=False)
         ),
-        *(one for batch, seq in DECODES for one in launch.decode(config, shape, gpu, batch, seq)),
+        *(
+            one
+            for offered in decoding
+            for batch, seq in DECODES
+            for one in launch.decode(config, shape, offered, batch, seq)
+        ),
     ]
     return list(dict.fromkeys((one.name, one.macros) for one in launches))
 
