@@ -189,7 +189,8 @@ def _turns(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:
     inv_freq, _ = inverse_frequencies(config, angles="float64")
     angles = np.arange(launch.DECODE_TILE)[:, None] * inv_freq
     low, high = np.split(k_norm.astype(np.float64), 2)
-    turns = np.stack([low * np.cos(angles), high * np.sin(angles), high * np.cos(angles), low * np.sin(angles)], axis=-1)
+    cos, sin = np.cos(angles), np.sin(angles)
+    turns = np.stack([low * cos, high * sin, high * cos, low * sin], axis=-1)
     turns[1::2] = turns[1::2].reshape(-1, inv_freq.size // 2, 2, 4)[:, :, ::-1].reshape(-1, inv_freq.size, 4)
     return np.ascontiguousarray(turns, np.float32)
 
@@ -240,6 +241,11 @@ class CudaBackend:
             batch_invariant=batch_invariant,
         )
         why = launch.supported(config, weights.dtype.name)
+        if why is None and batch_invariant and not launch.multiplies_few(config, self._limits):
+            raise ConfigError(
+                f"batch_invariant keeps a row of x in shared memory, and hidden_size {config.hidden_size} does not fit "
+                f"this GPU's {self._limits.block_smem} bytes; leave batch_invariant out."
+            )
         if why is not None and batch_invariant:
             raise ConfigError(
                 f"batch_invariant needs the kernels, and there is none for layer {weights.layer}, because {why}; "

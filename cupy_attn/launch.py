@@ -96,8 +96,8 @@ class Launch:
     """One kernel of a call.
 
     ``overlaps``: it may begin before the one ahead of it has ended (launcher.py). ``cluster``: of how many blocks those
-    clusters are that go on until all work is done; the grid is then cut to what the GPU holds at a time. ``boxes``: the arrays that it copies
-    through tensor maps, in the order of its ``struct Maps``, and the rows of one copy.
+    clusters are that go on until all work is done; the grid is then cut to what the GPU holds at a time. ``boxes``: the
+    arrays that it copies through tensor maps, in the order of its ``struct Maps``, and the rows of one copy.
     """
 
     name: str
@@ -297,12 +297,22 @@ def _few(name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size
     return Launch(name, macros, tiles * splits * -(-tokens // (8 * groups)), FEW_THREADS, smem, overlaps=True)
 
 
+def _row_bytes(config: AttentionConfig) -> int:
+    """Return the shared memory for a row of x and the norm's weight."""
+    return config.hidden_size * (4 + 2)
+
+
+def multiplies_few(config: AttentionConfig, limits: Limits) -> bool:
+    """Return whether ``project_qkv_few.cu`` can be launched, which wants a row of x in shared memory."""
+    return _row_bytes(config) + STATIC_SMEM <= limits.block_smem
+
+
 def project_qkv_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: int) -> Launch:
     """Launch of ``project_qkv_few.cu``."""
     rows = config.q_size + 2 * config.kv_size
     one = _few("project_qkv_few", shape, limits, tokens, rows, config.hidden_size, HIDDEN_PARTS)
-    # A block to normalise each token, with its row and the norm's weight in shared memory; whole clusters of them.
-    smem, cluster = max(one.smem_bytes, config.hidden_size * (4 + 2)), int(dict(one.macros)["CLUSTER"])
+    # A block to normalise each token; whole clusters of them.
+    smem, cluster = max(one.smem_bytes, _row_bytes(config)), int(dict(one.macros)["CLUSTER"])
     return dataclasses.replace(one, grid=-(-tokens // cluster) * cluster + one.grid, smem_bytes=smem)
 
 
@@ -345,7 +355,8 @@ def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, se
     # Whatever the batch, the same kernels must multiply.
     first = None if shape.batch_invariant else decode_project(config, shape, limits, tokens)
     last = None if shape.batch_invariant else decode_output(config, shape, limits, tokens)
-    few, alone = tokens <= MAX_FEW or shape.batch_invariant, first is None
+    few = multiplies_few(config, limits) and (tokens <= MAX_FEW or shape.batch_invariant)
+    alone = first is None
     if first is None and few:
         first = project_qkv_few(config, shape, limits, tokens)
     if last is None and few:

@@ -12,8 +12,8 @@
 // its run and copies its first tiles before it waits for q, k and v.
 //
 // Rotations only matter relative to each other: the query is rotated by its distance from a tile's first key, and the keys
-// by 0, 1, ... 15: angles that are the same for every tile and call and lie in a table, k_norm in them. A tile whose positions have
-// gaps and span more takes a pass for every 16 positions.
+// by 0, 1, ... 15: angles that are the same for every tile and every call, so they come as a table, k_norm in them. A tile
+// whose positions have gaps and span more takes a pass for every 16 positions.
 //
 // Grid: a block a multiprocessor; block 32 WARPS threads. Shared memory: see Shared below. -D: those of call.cuh,
 // HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT (shares.cuh). Memory bound: one read of K and
@@ -633,8 +633,9 @@ attend_decode(const __grid_constant__ Call call)
 #pragma unroll
             for (int w = 0; w < WARPS; ++w) {
                 const float weight = __shfl_sync(0xffffffffu, own_weight, w);
-                const float found_v = sums[(w * STAGES + (second_tiles >> w & 1)) * static_cast<int>(sizeof(Tile) / 4)];
-                value = weight == 0.0f ? value : value + weight * found_v;
+                const int place = (w * STAGES + (second_tiles >> w & 1)) * static_cast<int>(sizeof(Tile) / 4);
+                const float found_v = weight == 0.0f ? 0.0f : sums[place];  // keys may be on their way there
+                value += weight * found_v;
             }
             if (d >= HEAD_DIM) continue;
             const int i = r * HEAD_DIM + d;

@@ -8,6 +8,7 @@
 
 constexpr int ROWS = gemv::TILE * TILES;  // of a block
 using Memory = gemv::WarpMemory<TILES>;
+// As many steps as there are registers for, of W and of the vectors; the latter divides UNROLL + LATER.
 constexpr int UNROLL = TILES == 1 ? 6 : TILES == 2 ? 4 : 2, AT_ONCE = TILES == 1 ? 8 : TILES == 2 ? 3 : 4;
 constexpr int MOST_REGISTERS = 88;  // it waits beside attend_decode.cu, which has 168
 

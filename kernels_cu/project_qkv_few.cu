@@ -2,10 +2,10 @@
 //   qkv = (x / rms(x) * w_in) Wqkv^T + bias          float32 [B S, (Hq + 2 Hkv) D]; the norms of heads follow on reading
 //
 // Grid (a block to normalise each row of x, rounded up to whole clusters; then tiles of 64 rows of Wqkv and 8 GROUPS
-// tokens, each several blocks), block 128 threads. The latter wait for the former, which come first: blocks begin in the order of their index. k, and on the
-// precise path all, is multiplied by hidden states in high and low halves. Shared memory: STAGES x 2 x 8 GROUPS x 64 halves,
-// and not less than H floats and H STORAGE. -D: those of gemm_few.cuh. Memory bound: one read of Wqkv, some of it before
-// the kernel ahead has ended.
+// tokens, each several blocks), block 128 threads. The latter wait for the former, which come first: blocks begin in the
+// order of their index. k, and on the precise path all, is multiplied by hidden states in high and low halves. Shared
+// memory: STAGES x 2 x 8 GROUPS x 64 halves, and not less than H floats and H STORAGE. -D: those of gemm_few.cuh. Memory
+// bound: one read of Wqkv, some of it before the kernel ahead has ended.
 #include "gemm_few.cuh"
 #include "reduce.cuh"
 #include "storage.cuh"

@@ -430,11 +430,14 @@ class EmulatedLauncher:
         return run
 
 
-def pretend(monkeypatch: Any, num_sms: int, cluster: int = 1) -> None:
-    """Let the package find a GPU with so many multiprocessors, which is this CPU; clusters are of so many blocks."""
+def pretend(monkeypatch: Any, num_sms: int, cluster: int = 1, *, hopper: bool = True) -> None:
+    """Let the package find a GPU with so many multiprocessors, which is this CPU.
+
+    ``cluster``: blocks of a cluster of Hopper's own prefill kernels, which there are if ``hopper``.
+    """
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
     monkeypatch.setattr(cuda, "problem", lambda: None)
-    monkeypatch.setattr(cuda, "limits", lambda device: dataclasses.replace(cuda.H200, num_sms=num_sms))
+    monkeypatch.setattr(cuda, "limits", lambda device: dataclasses.replace(cuda.H200, num_sms=num_sms, wgmma=hopper))
     monkeypatch.setattr(wgmma, "CLUSTER", cluster)
     monkeypatch.setattr(cuda, "Launcher", EmulatedLauncher)
     monkeypatch.setattr(cuda, "tensor_map", fake_tensor_map)
