@@ -144,6 +144,7 @@ attend_decode(const __grid_constant__ Call call)
     };
     // Copying: `ahead` is up to STAGES tiles before the one in use. Positions come with k: a load to registers under way
     // would be waited for with whatever shares its scoreboard.
+    const unsigned long long policy = read_once();
     const auto copy = [&](const Cursor& to, int stage, bool is_v) {
         if (!is_v && lane < TILE / 4)
             copy16_async(&shared.positions[warp][stage][4 * lane], positions_of(call, to.b) + to.slot + 4 * lane, true);
@@ -159,7 +160,7 @@ attend_decode(const __grid_constant__ Call call)
                     static_assert(!SWIZZLED || 32 % PIECES != 0 || IS_XOR, "rows and pieces are bits of an address");
                     place = further_address(first, row & 7) + row * KV_STRIDE * 2;
                 }
-                copy16_async(place, source + row * HEAD_DIM, true);
+                copy16_async(place, source + row * HEAD_DIM, true, policy);
             }
         } else {
 #pragma unroll 1

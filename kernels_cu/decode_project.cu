@@ -48,9 +48,12 @@ decode_project(const __grid_constant__ Call call)
     // A warp copies 32 pieces of a token at a time, so that each lane can add up the squares of what it has copied.
     const int pieces = size / VECTOR, chunks = (pieces + 31) / 32;
     const auto every_piece = [&](auto&& take) {
+        int b = 0;
 #pragma unroll 1  // kernels this short spend their time on fetching instructions
-        for (int chunk = warp; chunk < num_tokens * chunks; chunk += gemv::WARPS) {
-            const int b = chunk / chunks, i = chunk % chunks * 32 + lane;
+        for (int chunk = warp;; chunk += gemv::WARPS) {
+            for (; chunk >= chunks; chunk -= chunks) ++b;
+            if (b >= num_tokens) break;
+            const int i = chunk * 32 + lane;
             take(b, i < pieces, i * VECTOR);
         }
     };

@@ -47,7 +47,7 @@ struct Rows {
 #pragma unroll
         for (int u = 0; u < Unroll; ++u) load(loaded[u], first_k(threadIdx.x / 32 + u * WARPS));
 #pragma unroll
-        for (int u = 0; u < LATER; ++u) copy(own.steps[u], first_k(threadIdx.x / 32 + (Unroll + u) * WARPS));
+        for (int u = 0; u < LATER; ++u) copy<true>(own.steps[u], first_k(threadIdx.x / 32 + (Unroll + u) * WARPS));
     }
 
     __device__ __forceinline__ void load(uint4 (&step)[Tiles], int k) {
@@ -59,10 +59,17 @@ struct Rows {
         }
     }
 
+    // First: with the hint that W is read once. Within the loop of large weights its registers cost more than it gives.
+    template <bool First>
     __device__ __forceinline__ void copy(uint4 (&step)[Tiles][32], int k) {
 #pragma unroll
-        for (int t = 0; t < Tiles; ++t)
-            copy16_async(&step[t][threadIdx.x % 32], mine + t * TILE * k_size + k, k < k_size && t * TILE < rows_left);
+        for (int t = 0; t < Tiles; ++t) {
+            const unsigned target = shared_address(&step[t][threadIdx.x % 32]);
+            const __half* const source = mine + t * TILE * k_size + k;
+            const bool valid = k < k_size && t * TILE < rows_left;
+            if (First) copy16_async(target, source, valid, read_once());
+            else copy16_async(target, source, valid);
+        }
         copies_commit();
     }
 
@@ -102,7 +109,7 @@ struct Rows {
                     if (step < Unroll) {
                         if (more) load(loaded[step % Unroll], next_k);
                     } else if (more) {
-                        copy(own.steps[max(step - Unroll, 0)], next_k);
+                        copy<false>(own.steps[max(step - Unroll, 0)], next_k);
                     } else {
                         copies_commit();  // of nothing: groups are counted
                     }

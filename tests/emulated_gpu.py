@@ -42,6 +42,7 @@ INSTRUCTIONS = (
     ("red.release.gpu.global.add.s32 [%0], %1;", "ptx_red", ""),
     ("ld.acquire.gpu.global.s32 %0, [%1];", "ptx_load_acquire", ""),
     ("cp.async.cg.", "ptx_cp_async", "16"),
+    ("createpolicy.", "ptx_policy", ""),
     ("cp.async.ca.shared.global [%0], [%1], 4, %2;", "ptx_cp_async", "4"),
     ("cp.async.ca.shared.global [%0], [%1], 4;", "ptx_cp_async", "4, 4"),
     ("cp.async.commit_group", "ptx_cp_commit", ""),

@@ -611,7 +611,8 @@ inline void ptx_atom(int& before, int* place) { before = atomicAdd(place, 1); }
 inline void ptx_red(int* place, int value) { atomicAdd(place, value); }
 inline void ptx_load_acquire(int& value, const int* place) { value = *place; }
 
-inline void ptx_cp_async(unsigned to, const void* from, int bytes, int valid) {
+inline void ptx_policy(unsigned long long& policy) { policy = 1; }
+inline void ptx_cp_async(unsigned to, const void* from, int bytes, int valid, unsigned long long = 0) {
     using namespace emulator;
     Copy copy = {shared(to, bytes), static_cast<const char*>(from), bytes, valid, current->group};
     if (random_bits() % 4 == 0) {
