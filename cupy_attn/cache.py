@@ -10,6 +10,8 @@ from .arrays import storage_dtype, to_numpy
 from .config import AttentionConfig
 from .errors import CacheError, InputError
 
+POSITION_ALIGNMENT = 16  # of a sequence's positions on the device, in numbers: call.cuh
+
 
 class KVCache:
     """Keys (before K-norm and RoPE) and values of one layer, for a batch of sequences of unequal lengths.
@@ -52,7 +54,8 @@ class KVCache:
         self._lengths = np.zeros(self.batch, np.int64)
         if xp is not np:  # what kernels read and advance; the host's copy is behind once a graph has been replayed
             self.device_lengths = xp.zeros(self.batch, np.int32)
-            self.device_positions = xp.zeros((self.batch, self.capacity), np.int32)
+            places = -(-self.capacity // POSITION_ALIGNMENT) * POSITION_ALIGNMENT
+            self.device_positions = xp.zeros((self.batch, places), np.int32)[:, : self.capacity]
             self.device_fault = xp.zeros(1, np.int32)
         self._captured = False
         self.step: Any = None  # a decode step that the CUDA backend has ready, good for as long as nothing else is done

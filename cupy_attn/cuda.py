@@ -89,11 +89,12 @@ def specialisations(
     """Return every kernel that a layer of a config needs, in a storage dtype, on the precise or the normal path."""
     if launch.supported(config, dtype.name) is not None:
         return []
-    gpu = H200
+    gpu, decoding = H200, [H200, dataclasses.replace(H200, wgmma=False)]
     if problem() is None:
         import cupy
 
         gpu = limits(cupy.cuda.Device().id)
+        decoding = [gpu]
     shape = Shape(dtype.name, config.head_dim, precise, windowed, float32_angles=False)
     # Rows of many prompts: what tiles a product takes goes by how they fill the GPU.
     prompts = [(gpu, rows) for n in range(17) for rows in (1 << n, 3 << n)]
@@ -105,7 +106,12 @@ def specialisations(
             for offered, rows in prompts
             for one in wgmma.prefill(config, shape, offered, 1, rows, past_tiles=0, collect=False)
         ),
-        *(one for batch, seq in DECODES for one in launch.decode(config, shape, gpu, batch, seq)),
+        *(
+            one
+            for offered in decoding
+            for batch, seq in DECODES
+            for one in launch.decode(config, shape, offered, batch, seq)
+        ),
     ]
     return list(dict.fromkeys((one.name, one.macros) for one in launches))
 
@@ -141,12 +147,14 @@ class _Weights:
         self.v_scale = 1.0 if weights.dtype == np.float16 else _power_of_two(v_bound, VALUE_BITS)
 
         _, factor = inverse_frequencies(config, angles=angles)
-        norms: dict[str, tuple[Any, float]] = {}
+        norms: dict[str, tuple[np.ndarray, float]] = {}
         for name in ("q_norm", "k_norm"):
             bound = math.sqrt(config.head_dim) * float(np.abs(wide[name]).max()) * factor
             scale = _power_of_two(bound, OPERAND_BITS)
-            norms[name] = cupy.asarray(wide[name] * np.float32(factor * scale)), scale
-        (self.q_norm, q_scale), (self.k_norm, k_scale) = norms["q_norm"], norms["k_norm"]
+            norms[name] = wide[name] * np.float32(factor * scale), scale
+        (q_norm, q_scale), (k_norm, k_scale) = norms["q_norm"], norms["k_norm"]
+        self.q_norm, self.k_norm = cupy.asarray(q_norm), cupy.asarray(k_norm)
+        self.k_turns = None if angles == "float32" else cupy.asarray(_turns(config, k_norm))
         self.qkv_bias = None if "qkv_bias" not in wide else cupy.asarray(wide["qkv_bias"])
         self.o_bias = None if "o_bias" not in wide else cupy.asarray(wide["o_bias"])
         self.frequency = cupy.asarray(_frequencies(config, angles))
@@ -170,6 +178,21 @@ def _frequencies(config: AttentionConfig, angles: str) -> np.ndarray:
         return inv_freq.view(np.uint32).astype(np.uint64) << np.uint64(32)
     turns = inv_freq / (2 * np.pi)
     return np.array([int(turn * 2**64) % 2**64 for turn in turns.tolist()], np.uint64)
+
+
+def _turns(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:
+    """Return what attend_decode.cu multiplies normalised keys with, [DECODE_TILE, D/2, 4] float32.
+
+    Of key ``offset`` of a tile and a pair of dims, w its two weights: w_low cos, w_high sin, w_high cos, w_low sin. Odd
+    offsets have neighbouring pairs in opposite order, as the kernel reads them.
+    """
+    inv_freq, _ = inverse_frequencies(config, angles="float64")
+    angles = np.arange(launch.DECODE_TILE)[:, None] * inv_freq
+    low, high = np.split(k_norm.astype(np.float64), 2)
+    cos, sin = np.cos(angles), np.sin(angles)
+    turns = np.stack([low * cos, high * sin, high * cos, low * sin], axis=-1)
+    turns[1::2] = turns[1::2].reshape(-1, inv_freq.size // 2, 2, 4)[:, :, ::-1].reshape(-1, inv_freq.size, 4)
+    return np.ascontiguousarray(turns, np.float32)
 
 
 class CudaBackend:
@@ -218,6 +241,11 @@ class CudaBackend:
             batch_invariant=batch_invariant,
         )
         why = launch.supported(config, weights.dtype.name)
+        if why is None and batch_invariant and not launch.multiplies_few(config, self._limits):
+            raise ConfigError(
+                f"batch_invariant keeps a row of x in shared memory, and hidden_size {config.hidden_size} does not fit "
+                f"this GPU's {self._limits.block_smem} bytes; leave batch_invariant out."
+            )
         if why is not None and batch_invariant:
             raise ConfigError(
                 f"batch_invariant needs the kernels, and there is none for layer {weights.layer}, because {why}; "

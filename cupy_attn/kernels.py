@@ -69,9 +69,9 @@ def runs_wgmma(arch: str) -> bool:
     return arch == WGMMA_ARCHITECTURE
 
 
-def compiles_for(name: str, arch: str) -> bool:
-    """Return whether a source is for an architecture."""
-    return runs_wgmma(arch) or not name.endswith("_wgmma")
+def compiles_for(name: str, macros: Macros, arch: str) -> bool:
+    """Return whether a specialisation is for an architecture: those with wgmma or clusters are for one."""
+    return runs_wgmma(arch) or not (name.endswith("_wgmma") or dict(macros).get("CLUSTER", "1") != "1")
 
 
 def kernel(name: str, macros: Macros) -> Any:

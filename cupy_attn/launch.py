@@ -29,8 +29,8 @@ HIDDEN_PARTS = 2  # project.cuh: float16 numbers that hold one normalised hidden
 
 _POINTERS = (
     "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "o_proj", "input_norm", "q_norm", "k_norm",
-    "qkv_bias", "o_bias", "frequency", "k_cache", "v_cache", "lengths", "cached_positions", "fault", "rows", "hidden",
-    "q", "k", "v", "attention", "qkv", "partial", "counters", "stage_input_norm", "stage_q", "stage_k",
+    "qkv_bias", "o_bias", "frequency", "k_turns", "k_cache", "v_cache", "lengths", "cached_positions", "fault", "rows",
+    "hidden", "q", "k", "v", "attention", "qkv", "partial", "counters", "stage_input_norm", "stage_q", "stage_k",
     "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope", "stage_row_max", "stage_lse",
     "stage_attention", "stage_output",
 )  # fmt: skip
@@ -68,7 +68,7 @@ class Limits:
 
 
 STATIC_SMEM = 512  # at most, of the kernels below but the gemv ones, rounded up to how their dynamic memory is aligned
-GEMV_STATIC_SMEM = 8448
+GEMV_STATIC_SMEM = 33024
 RESERVED_SMEM = 1024  # of every block, by the driver (CUDA C++ Programming Guide, compute capabilities)
 
 
@@ -95,9 +95,9 @@ class Shape:
 class Launch:
     """One kernel of a call.
 
-    ``overlaps``: it may begin before the one ahead of it has ended (launcher.py). ``cluster``: how many blocks run
-    together; the grid is then cut to what the GPU holds at a time. ``boxes``: the arrays that it copies
-    through tensor maps, in the order of its ``struct Maps``, and the rows of one copy.
+    ``overlaps``: it may begin before the one ahead of it has ended (launcher.py). ``cluster``: of how many blocks those
+    clusters are that go on until all work is done; the grid is then cut to what the GPU holds at a time. ``boxes``: the
+    arrays that it copies through tensor maps, in the order of its ``struct Maps``, and the rows of one copy.
     """
 
     name: str
@@ -227,7 +227,7 @@ def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits, seq: in
     most = alone and limits.wgmma and dim <= 128 and seq == 1 and head_tiles == 1 and not shape.batch_invariant
     many = (11, 10, 9) if most else ()
     for warps in (*many, 8, 4, 2, 1):
-        ring = warps * DECODE_STAGES * DECODE_TILE * 2 * (dim if dim % 64 == 0 else stride) * 2
+        ring = warps * DECODE_STAGES * DECODE_TILE * (2 * (dim if dim % 64 == 0 else stride) * 2 + 4)
         queries = warps * (shape.parts * rows * stride * 2 + rows * 8) + rows * dim * 4
         tables = dim * 8 if shape.float32_angles else DECODE_TILE * dim * 8 + dim * 4
         smem = ring + queries + tables
@@ -291,18 +291,29 @@ def _few(name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size
         (n for n in range(1, MAX_SPLITS + 1) if n == 1 or (n <= chunks and tiles * n <= 3 * limits.num_sms)),
         key=lambda n: (-(-tiles * n // limits.num_sms) / n, abs(tiles * n - 2 * limits.num_sms)),
     )
-    macros = macros_of(shape, GROUPS=groups)
+    cluster = splits if limits.wgmma else 1  # on Hopper: where they were measured
+    macros = macros_of(shape, GROUPS=groups, CLUSTER=cluster)
     smem = FEW_STAGES * parts * 8 * groups * FEW_CHUNK * 2
     return Launch(name, macros, tiles * splits * -(-tokens // (8 * groups)), FEW_THREADS, smem, overlaps=True)
+
+
+def _row_bytes(config: AttentionConfig) -> int:
+    """Return the shared memory for a row of x and the norm's weight."""
+    return config.hidden_size * (4 + 2)
+
+
+def multiplies_few(config: AttentionConfig, limits: Limits) -> bool:
+    """Return whether ``project_qkv_few.cu`` can be launched, which wants a row of x in shared memory."""
+    return _row_bytes(config) + STATIC_SMEM <= limits.block_smem
 
 
 def project_qkv_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: int) -> Launch:
     """Launch of ``project_qkv_few.cu``."""
     rows = config.q_size + 2 * config.kv_size
     one = _few("project_qkv_few", shape, limits, tokens, rows, config.hidden_size, HIDDEN_PARTS)
-    # A block to normalise each token, with its row and the norm's weight in shared memory.
-    smem = max(one.smem_bytes, config.hidden_size * (4 + 2))
-    return dataclasses.replace(one, grid=tokens + one.grid, smem_bytes=smem)
+    # A block to normalise each token; whole clusters of them.
+    smem, cluster = max(one.smem_bytes, _row_bytes(config)), int(dict(one.macros)["CLUSTER"])
+    return dataclasses.replace(one, grid=-(-tokens // cluster) * cluster + one.grid, smem_bytes=smem)
 
 
 def project_output_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: int) -> Launch:
@@ -311,8 +322,8 @@ def project_output_few(config: AttentionConfig, shape: Shape, limits: Limits, to
 
 
 def few_floats(one: Launch) -> int:
-    """Return the floats that blocks of ``project_*_few.cu`` leave for each other."""
-    return one.grid * FEW_ROWS * 8 * int(dict(one.macros)["GROUPS"])
+    """Return the floats that blocks of ``project_*_few.cu`` leave for each other in memory."""
+    return 0 if dict(one.macros)["CLUSTER"] != "1" else one.grid * FEW_ROWS * 8 * int(dict(one.macros)["GROUPS"])
 
 
 def few_counters(one: Launch) -> int:
@@ -344,7 +355,8 @@ def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, se
     # Whatever the batch, the same kernels must multiply.
     first = None if shape.batch_invariant else decode_project(config, shape, limits, tokens)
     last = None if shape.batch_invariant else decode_output(config, shape, limits, tokens)
-    few, alone = tokens <= MAX_FEW or shape.batch_invariant, first is None
+    few = multiplies_few(config, limits) and (tokens <= MAX_FEW or shape.batch_invariant)
+    alone = first is None
     if first is None and few:
         first = project_qkv_few(config, shape, limits, tokens)
     if last is None and few:

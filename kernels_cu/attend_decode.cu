@@ -12,8 +12,8 @@
 // its run and copies its first tiles before it waits for q, k and v.
 //
 // Rotations only matter relative to each other: the query is rotated by its distance from a tile's first key, and the keys
-// by 0, 1, ... 15: angles that are the same for every tile and lie in a table, k_norm in them. A tile whose positions have
-// gaps and span more takes a pass for every 16 positions.
+// by 0, 1, ... 15: angles that are the same for every tile and every call, so they come as a table, k_norm in them. A tile
+// whose positions have gaps and span more takes a pass for every 16 positions.
 //
 // Grid: a block a multiprocessor; block 32 WARPS threads. Shared memory: see Shared below. -D: those of call.cuh,
 // HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT (shares.cuh). Memory bound: one read of K and
@@ -59,15 +59,17 @@ struct alignas(16) Shared {
 #ifdef FLOAT32_ANGLES
     float k_norm[HEAD_DIM];
 #else
-    float4 turn[TILE * PAIRS];                 // w_low cos, w_high sin, w_high cos, w_low sin of offset and pair
+    float4 turn[TILE * PAIRS];                 // call.k_turns
 #endif
     __half q[WARPS][PARTS][ROWS * STRIDE];     // q' for a warp's tile
     float q_norm[ROWS * HEAD_DIM];             // normalised queries, not rotated
     uint2 frequency[PAIRS];
+    int positions[WARPS][STAGES][TILE];        // of the keys in the ring, but for new tokens
     float2 found[WARPS][ROWS];                 // of a warp's tiles: what scores are relative to, sum of weights
 };
 
-// Where the factors of (offset, pair) lie: two keys next to each other take a thread's two pairs in opposite order.
+// Where the factors of (offset, pair) lie in call.k_turns, w_low cos, w_high sin, w_high cos, w_low sin: two keys next to
+// each other take a thread's two pairs in opposite order, so that reads of eight lanes meet no bank twice.
 __device__ __forceinline__ int turn_index(int offset, int pair) { return offset * PAIRS + (pair ^ (offset & 1)); }
 
 constexpr int SUM_STRIDE = SWIZZLED ? HEAD_DIM : HEAD_DIM + 4;
@@ -83,27 +85,24 @@ __device__ __forceinline__ int work_out_here(int value) {
     return value;
 }
 
-// Write what does not depend on tokens, a thread for each pair of dims, or several.
-__device__ __forceinline__ void make_tables(const Call& call, Shared& shared) {
-    constexpr int LANES = THREADS / PAIRS > 0 ? THREADS / PAIRS : 1;
+// Ask for what does not depend on tokens, ahead of keys: behind them it would stand in line.
+__device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
+    const auto copy = [](void* target, const void* source, int bytes) {
 #pragma unroll 1
-    for (int i = threadIdx.x; i < PAIRS * LANES; i += THREADS) {
-        const int pair = i % PAIRS;
-        const uint2 frequency = reinterpret_cast<const uint2*>(call.frequency)[pair];
-        const float low = call.k_norm[pair], high = call.k_norm[pair + PAIRS];
+        for (int i = threadIdx.x * 16; i < bytes; i += THREADS * 16)
+            copy16_async(static_cast<char*>(target) + i, static_cast<const char*>(source) + i, true);
+    };
 #ifdef FLOAT32_ANGLES
-        shared.k_norm[pair] = low, shared.k_norm[pair + PAIRS] = high;
+    copy(shared.k_norm, call.k_norm, sizeof(shared.k_norm));
 #else
-#pragma unroll 1
-        for (int offset = i / PAIRS; offset < TILE; offset += LANES) {
-            float cosine, sine;
-            rotation(offset, frequency, cosine, sine);
-            shared.turn[turn_index(offset, pair)] = make_float4(low * cosine, high * sine, high * cosine, low * sine);
-        }
+    copy(shared.turn, call.k_turns, sizeof(shared.turn));
 #endif
-        shared.frequency[pair] = frequency;
-    }
-    // Rows past the last query head: their scores must be numbers.
+    copy(shared.frequency, call.frequency, sizeof(shared.frequency));
+    copies_commit();
+}
+
+// Rows past the last query head: their scores must be numbers.
+__device__ __forceinline__ void clear_queries(Shared& shared) {
 #pragma unroll 1
     for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.q) / 16); i += THREADS)
         reinterpret_cast<uint4*>(shared.q)[i] = make_uint4(0, 0, 0, 0);
@@ -125,27 +124,30 @@ attend_decode(const __grid_constant__ Call call)
     __shared__ bool is_last;
     __shared__ int2 runs;  // of a head: the first block, or piece, that has a part in it, and how many have
 
-    let_next_kernel_begin();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
     const int group = call.num_q_heads / call.num_kv_heads;
     const int queries = IS_ONE ? group : group * call.seq;  // of a KV head and sequence
     const int heads_a_sequence = call.num_kv_heads * ((queries + ROWS - 1) / ROWS);
     const SequenceTiles mine = sequence_tiles(call, lane);
-    make_tables(call, shared);  // ahead of the copies: its loads would stand in line behind them
     const Shares shares = share_out(call, heads_a_sequence, mine);
     Cursor at;
     if (!find(call, shares, heads_a_sequence, mine, blockIdx.x * shares.size, at)) {
         wait_for_previous_kernel();  // the next kernel takes the end of this one for the end of that one, too
         return;
     }
+    copy_tables(call, shared);
 
     // q, k and v of a new token.
     const auto qkv_of = [&](int b, int token) {
         const int m = IS_ONE ? b : b * call.seq + token;
         return call.qkv + static_cast<long long>(m) * (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
     };
-    // Copying: `ahead` is up to STAGES tiles before the one in use.
+    // Copying: `ahead` is up to STAGES tiles before the one in use. Positions come with k: a load to registers under way
+    // would be waited for with whatever shares its scoreboard.
+    const unsigned long long policy = read_once();
     const auto copy = [&](const Cursor& to, int stage, bool is_v) {
+        if (!is_v && lane < TILE / 4)
+            copy16_async(&shared.positions[warp][stage][4 * lane], positions_of(call, to.b) + to.slot + 4 * lane, true);
         STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
         const STORAGE* const source = is_v ? call.v_cache + (to.k - call.k_cache) : to.k;
         if (32 % PIECES == 0 && to.slot + TILE <= to.past) {  // a whole tile
@@ -158,7 +160,7 @@ attend_decode(const __grid_constant__ Call call)
                     static_assert(!SWIZZLED || 32 % PIECES != 0 || IS_XOR, "rows and pieces are bits of an address");
                     place = further_address(first, row & 7) + row * KV_STRIDE * 2;
                 }
-                copy16_async(place, source + row * HEAD_DIM, true);
+                copy16_async(place, source + row * HEAD_DIM, true, policy);
             }
         } else {
 #pragma unroll 1
@@ -169,15 +171,10 @@ attend_decode(const __grid_constant__ Call call)
             }
         }
     };
-    // The position of this lane's key of a tile, past L1. It is not needed before the tile is, one or two tiles later.
-    const auto position_of = [&](const Cursor& to) {
-        const int slot = to.slot + lane % TILE;
-        if (!IS_ONE && slot >= to.past && slot < to.past + to.count) return new_position(call, to.b, to.past, slot - to.past);
-        return slot < to.past ? __ldcg(call.cached_positions + static_cast<long long>(to.b) * call.capacity + slot) : 0;
-    };
+    const auto has_new_tokens = [](const Cursor& to) { return to.past - to.slot < TILE; };
     // Append the new tokens that belong to the tile to the cache and to the tile.
     const auto append = [&](const Cursor& to, int stage, bool is_v) {
-        if (to.past - to.slot >= TILE) return;
+        if (!has_new_tokens(to)) return;
         // Few tiles come this far: no part of it is to be worked out ahead of that.
         const int past = work_out_here(to.past), kv_head_idx = work_out_here(to.kv_head_idx);
         const int position = new_position(call, to.b, past, to.count - 1);
@@ -199,34 +196,43 @@ attend_decode(const __grid_constant__ Call call)
             if (IS_ONE) break;
         }
     };
-    Cursor ahead = at;
-    bool more = true;
-    const auto find_ahead = [&]() {
-        while (more && ahead.slot >= ahead.end) more = next_head(call, heads_a_sequence, ahead);
+    const auto find_tile = [&](Cursor& to) {  // this warp's next, be it of another head
+        bool is_there = true;
+        while (is_there && to.slot >= to.end) is_there = next_head(call, heads_a_sequence, to);
+        return is_there;
     };
 
-    // Fill the ring; the second time, with the new tokens that come from the kernel before this one.
-    int new_at = 0;  // position of the last new token
-    int next_position = 0, later_position = 0;  // of the keys of the next tile and the one after
+    // The last new token's position, as soon as its load has ended, which nothing may wait for before that.
+    const bool counts_on = call.positions == nullptr;
+    int new_at = -1;
+    if (!counts_on || at.past > 0)
+        new_at = __ldcg(counts_on ? positions_of(call, at.b) + at.past - 1 : call.positions + at.b * call.seq + at.count - 1);
+
+    // Fill the ring. New tokens come from the kernel before this one.
+    Cursor ahead = at;
+    bool more = true, lacks_new = false;
 #pragma unroll 1
-    for (int pass = 0; pass < 2; ++pass) {
-        ahead = at, more = true;
+    for (int i = 0;; ++i) {
+        more = more && find_tile(ahead);
+        if (i == STAGES) break;
+        lacks_new = lacks_new || (more && has_new_tokens(ahead));
 #pragma unroll 1
-        for (int i = 0;; ++i) {
-            find_ahead();
-            if (i == STAGES) break;
-#pragma unroll 1
-            for (int is_v = 0; is_v < 2; ++is_v) {
-                if (more && pass == 0) copy(ahead, i, is_v);
-                if (more && pass == 1) append(ahead, i, is_v);
-                if (pass == 0) copies_commit();
-            }
-            if (pass == 0) next_position = later_position, later_position = more ? position_of(ahead) : 0;
-            if (more) go_on(ahead);
+        for (int is_v = 0; is_v < 2; ++is_v) {
+            if (more) copy(ahead, i, is_v);
+            copies_commit();
         }
-        if (pass == 0) {
-            new_at = new_position(call, at.b, at.past, at.count - 1);
-            wait_for_previous_kernel();
+        if (more) go_on(ahead);
+    }
+    clear_queries(shared);
+    wait_for_previous_kernel();
+    if (counts_on) new_at += at.count;
+    if (lacks_new) {
+        Cursor to = at;
+#pragma unroll 1
+        for (int i = 0; i < STAGES && find_tile(to); ++i) {
+#pragma unroll 1
+            for (int is_v = 0; is_v < 2; ++is_v) append(to, i, is_v);
+            go_on(to);
         }
     }
 
@@ -270,6 +276,8 @@ attend_decode(const __grid_constant__ Call call)
         }
     };
     normalise_queries(at);
+    copies_wait<2 * STAGES>();  // of all groups but the ring's
+    let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
     __syncthreads();
 
     int stage = 0;
@@ -308,7 +316,7 @@ attend_decode(const __grid_constant__ Call call)
             }
         };
 
-        if (threadIdx.x == 0) {  // while keys are on their way
+        if (threadIdx.x == 0) {
             runs.x = BY_PIECES ? at.begin : at.begin / shares.size;
             runs.y = BY_PIECES ? at.width : (at.begin + at.width - 1) / shares.size - runs.x + 1;
         }
@@ -347,20 +355,22 @@ attend_decode(const __grid_constant__ Call call)
 #pragma unroll 1
                 for (int is_v = is_k_ahead; is_v < 2; ++is_v) {
                     if (more) copy(ahead, stage ^ 1, is_v), append(ahead, stage ^ 1, is_v);
-                    if (more && !is_v) later_position = position_of(ahead);
                     copies_commit();
                 }
                 is_k_ahead = false;
                 if (more) go_on(ahead);
-                find_ahead();
+                more = more && find_tile(ahead);
             }
             copies_wait<3>();  // k of this tile; v and the next tile's k and v may be on their way
             __syncwarp();
             const STORAGE* const k_smem = shared.ring[warp][stage].k;
             const STORAGE* const v_smem = shared.ring[warp][stage].v;
             const int last = min(TILE - 1, at.past + at.count - 1 - at.slot);  // key
-            const int own_position = IS_ONE && at.slot + lane % TILE == at.past ? new_at : next_position;
-            next_position = later_position;
+            const int own_slot = at.slot + lane % TILE;
+            int own_position = shared.positions[warp][stage][lane % TILE];
+            if (IS_ONE && own_slot >= at.past) own_position = new_at;
+            if (!IS_ONE && own_slot >= at.past && own_slot < at.past + at.count)
+                own_position = new_position(call, at.b, at.past, own_slot - at.past);
             const int first_position = __shfl_sync(0xffffffffu, own_position, 0);
             const int last_position = __shfl_sync(0xffffffffu, own_position, last);
 
@@ -391,7 +401,7 @@ attend_decode(const __grid_constant__ Call call)
                 rstd[n] = rsqrtf(rstd[n] * (1.0f / HEAD_DIM) + call.eps);
                 offsets[n] = __shfl_sync(0xffffffffu, own_position, n * 8 + lane / 4);
             }
-            const bool has_new = at.slot + TILE > at.past;
+            const bool has_new = has_new_tokens(at);
             const auto is_hidden = [&](int n, int t, int e) {
                 const int key = n * 8 + lane / 4;
                 if (IS_ONE) return key > last || offsets[n] < seen_from[0][0];
@@ -414,10 +424,7 @@ attend_decode(const __grid_constant__ Call call)
 #endif
                 __syncwarp();
                 if (at.slot + WARPS * TILE < at.end && !is_k_ahead) {  // the last tile makes room for what the warp found
-                    if (more) {
-                        copy(ahead, stage, false), append(ahead, stage, false);
-                        later_position = position_of(ahead);
-                    }
+                    if (more) copy(ahead, stage, false), append(ahead, stage, false);
                     copies_commit();
                     is_k_ahead = true;
                 }
@@ -608,25 +615,32 @@ attend_decode(const __grid_constant__ Call call)
         float* const parts = call.partial + static_cast<long long>(first_run + head_idx) * PART;
         const int own_run = BY_PIECES ? at.piece : static_cast<int>(blockIdx.x) - first_run;
         float* const own_part = parts + static_cast<long long>(own_run) * PART;
-        for (int i = threadIdx.x; i < rows * HEAD_DIM; i += THREADS) {
-            const int r = i / HEAD_DIM, d = i % HEAD_DIM;
-            float largest = MINUS_INFINITY, value = 0.0f, sum = 0.0f;
-            // What runs once costs by its length: instructions come from memory, behind everybody's keys.
+        // A warp takes 32 dims of a row; lane w works out the weight of what warp w found.
+        constexpr int CHUNKS = (HEAD_DIM + 31) / 32;
 #pragma unroll 1
-            for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, shared.found[w][r].x);
-#pragma unroll 1
+        for (int chunk = warp; chunk < rows * CHUNKS; chunk += WARPS) {
+            const int r = chunk / CHUNKS, d = chunk % CHUNKS * 32 + lane;
+            const float2 found = lane < WARPS ? shared.found[lane][r] : make_float2(MINUS_INFINITY, 0.0f);
+            float largest = found.x;
+#pragma unroll
+            for (int lanes = 1; lanes < 32; lanes *= 2)
+                largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
+            // Where no key was seen, or all were NaN, there are no weighted v.
+            const float own_weight = found.x == MINUS_INFINITY ? 0.0f : exp2f(found.x - largest);
+            const float sum = warp_sum(found.x == MINUS_INFINITY ? found.y : own_weight * fabsf(found.y));
+            const unsigned second_tiles = __ballot_sync(0xffffffffu, found.y < 0.0f);
+            const float* const sums = reinterpret_cast<const float*>(shared.ring) + sum_index(r, min(d, HEAD_DIM - 1));
+            float value = 0.0f;
+#pragma unroll
             for (int w = 0; w < WARPS; ++w) {
-                const float2 found = shared.found[w][r];
-                if (found.x == MINUS_INFINITY) {  // no key was seen, or all were NaN: there are no weighted v
-                    sum += found.y;
-                    continue;
-                }
-                const float weight = exp2f(found.x - largest);
-                const Tile* tile = &shared.ring[w][found.y < 0.0f ? 1 : 0];
-                value += weight * reinterpret_cast<const float*>(tile)[sum_index(r, d)];
-                sum += weight * fabsf(found.y);
+                const float weight = __shfl_sync(0xffffffffu, own_weight, w);
+                const int place = (w * STAGES + (second_tiles >> w & 1)) * static_cast<int>(sizeof(Tile) / 4);
+                const float found_v = weight == 0.0f ? 0.0f : sums[place];  // keys may be on their way there
+                value += weight * found_v;
             }
-            if (num_runs == 1) {
+            if (d >= HEAD_DIM) continue;
+            const int i = r * HEAD_DIM + d;
+            if (work_out_here(num_runs) == 1) {  // here: not two loops
                 *attention_of(i) = __float2half_rn(value / sum * call.v_scale);
             } else {
                 own_part[i] = value;

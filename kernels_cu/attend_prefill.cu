@@ -79,7 +79,7 @@ attend_prefill(const __grid_constant__ Call call)
     int first_step = 0;
 #ifdef WINDOW  // positions grow by one a key at least, so no key further left is near enough
     first_step = max(0, s.past + first_q - call.window + 1) / BLOCK_N;
-    const int* key_positions = call.cached_positions + static_cast<long long>(b) * call.capacity;
+    const int* key_positions = positions_of(call, b);
 #endif
 #pragma unroll
     for (int p = 0; p < PARTS; ++p)

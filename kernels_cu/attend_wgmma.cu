@@ -264,7 +264,7 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         q_address = smem_address + (n % 2 * Q + group * 64 * TILE_COLUMNS) * 2;
 #ifdef WINDOW
         num_keys = tile.num_keys;
-        key_positions = call.cached_positions + static_cast<long long>(tile.first_row / call.seq) * call.capacity;
+        key_positions = positions_of(call, tile.first_row / call.seq);
         positions[0] = __ldcg(key_positions + min(first_place, num_keys - 1));
         positions[1] = __ldcg(key_positions + min(first_place + 8, num_keys - 1));
         last_position = __ldcg(key_positions + num_keys - 1);

@@ -23,11 +23,12 @@ struct Call {
     const float* qkv_bias;                // [(Hq + 2 Hkv) D] or null
     const float* o_bias;                  // [H] or null
     const unsigned long long* frequency;  // [D / 2], see rope.cuh
+    const float4* k_turns;                // [16, D / 2], see attend_decode.cu; null where angles are those of float32
     // The cache.
     STORAGE* k_cache;       // [B, Hkv, capacity, D], before norm and RoPE
     STORAGE* v_cache;       // [B, Hkv, capacity, D]
     int* lengths;           // [B], tokens before this call; the last kernel advances them
-    int* cached_positions;  // [B, capacity]
+    int* cached_positions;  // [B, capacity rounded up to POSITION_ALIGNMENT], see positions_of
     int* fault;             // [1], set if a replayed graph runs past the cache or the model's positions
     // Scratch, shared by the layers of a stream.
     int2* rows;         // [B S], x: place in the cache, or PADDING, or FAULT; y: position
@@ -106,6 +107,14 @@ __device__ constexpr bool is_float16(__half*) { return true; }
 __device__ constexpr bool is_float16(__nv_bfloat16*) { return false; }
 constexpr bool STORED_AS_FLOAT16 = is_float16(static_cast<STORAGE*>(nullptr));
 
+constexpr int POSITION_ALIGNMENT = 16;  // ints: attend_decode.cu copies as many at a time
+
+// Positions of the cached keys of sequence b.
+__device__ __forceinline__ int* positions_of(const Call& call, int b) {
+    const int stride = (call.capacity + POSITION_ALIGNMENT - 1) / POSITION_ALIGNMENT * POSITION_ALIGNMENT;
+    return call.cached_positions + static_cast<long long>(b) * stride;
+}
+
 struct Sequence {
     int past;   // tokens in the cache before this call
     int count;  // new tokens
@@ -116,7 +125,7 @@ struct Sequence {
 // The position of new token t of sequence b.
 __device__ __forceinline__ int new_position(const Call& call, int b, int past, int t) {
     if (call.positions != nullptr) return __ldcg(call.positions + b * call.seq + t);
-    return t + (past > 0 ? __ldcg(call.cached_positions + static_cast<long long>(b) * call.capacity + past - 1) + 1 : 0);
+    return t + (past > 0 ? __ldcg(positions_of(call, b) + past - 1) + 1 : 0);
 }
 
 __device__ __forceinline__ int new_position(const Call& call, int b, const Sequence& s, int t) {
@@ -141,7 +150,7 @@ __device__ __forceinline__ int2 describe_row(const Call& call, int m, const Sequ
     const int b = m / call.seq, t = m % call.seq;
     if (t < s.count) {
         const int slot = s.past + t, position = new_position(call, b, s, t);
-        call.cached_positions[static_cast<long long>(b) * call.capacity + slot] = position;
+        positions_of(call, b)[slot] = position;
         return call.rows[m] = make_int2(slot, position);
     }
     const bool is_token = call.num_tokens == nullptr || t < __ldcg(call.num_tokens + b);

@@ -7,14 +7,16 @@
 #include "gemv.cuh"
 
 constexpr int ROWS = gemv::TILE * TILES;  // of a block
-constexpr int UNROLL = 8 / TILES;
+using Memory = gemv::WarpMemory<TILES>;
+// As many steps as there are registers for, of W and of the vectors; the latter divides UNROLL + LATER.
+constexpr int UNROLL = TILES == 1 ? 6 : TILES == 2 ? 4 : 2, AT_ONCE = TILES == 1 ? 8 : TILES == 2 ? 3 : 4;
 constexpr int MOST_REGISTERS = 88;  // it waits beside attend_decode.cu, which has 168
 
 extern "C" __global__ void __maxnreg__(MOST_REGISTERS)
 decode_output(const __grid_constant__ Call call)
 {
     let_next_kernel_begin();
-    __shared__ __align__(16) float sums[gemv::WARPS * ROWS * gemv::MAX_VECTORS];
+    __shared__ __align__(16) Memory memory[gemv::WARPS];
     if (blockIdx.x == gridDim.x - 1) {
         wait_for_previous_kernel();
         advance_lengths(call);
@@ -24,7 +26,8 @@ decode_output(const __grid_constant__ Call call)
     const int m = threadIdx.x % 32 / 4;
     const __half* const vector = call.attention + static_cast<long long>(m) * k_size;
 
-    gemv::Rows<TILES, UNROLL> w(call.o_proj + static_cast<long long>(first) * k_size, call.hidden_size - first, k_size);
+    gemv::Rows<TILES, UNROLL> w(call.o_proj + static_cast<long long>(first) * k_size, call.hidden_size - first, k_size,
+                                memory);
     wait_for_previous_kernel();
     const int b = threadIdx.x / ROWS, n = first + threadIdx.x % ROWS;
     const bool mine = threadIdx.x < ROWS * gemv::MAX_VECTORS && b < call.batch * call.seq && n < call.hidden_size;
@@ -36,13 +39,13 @@ decode_output(const __grid_constant__ Call call)
         if (call.o_bias != nullptr) more = call.o_bias[n];
         if (call.residual != nullptr) more += static_cast<float>(call.residual[at]);
     }
-    w.multiply<1, UNROLL>(sums, [&](int k, uint4 (&parts)[1]) {
+    w.multiply<1, AT_ONCE>([&](int k, uint4 (&parts)[1]) {
         parts[0] = make_uint4(0, 0, 0, 0);
         if (m < call.batch * call.seq && k < k_size) parts[0] = *reinterpret_cast<const uint4*>(vector + k);
     });
     __syncthreads();
     if (mine) {
-        const float value = gemv::sum_of_warps<TILES>(sums, threadIdx.x) * call.o_unscale + more;
+        const float value = gemv::sum_of_warps(memory, threadIdx.x) * call.o_unscale + more;
         call.y[at] = static_cast<STORAGE>(slot >= 0 ? value : slot == FAULT ? __int_as_float(0x7fffffff) : 0.0f);
     }
 }

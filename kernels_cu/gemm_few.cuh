@@ -1,11 +1,19 @@
 // W v for some tokens, 8 GROUPS to a tile, memory bound: rows of W go straight from memory to registers and are the tensor
-// cores' A operand, tokens come through shared memory and are B. k is split between blocks as well: the last of a tile adds up.
+// cores' A operand, tokens come through shared memory and are B. k is split between blocks as well: a cluster of CLUSTER
+// blocks adds up through shared memory, a group of tokens each; where there are no clusters, the last block of a tile does.
 //
 // A product of a row may take its k in any order if both sides agree: lane l reads 8 consecutive k of rows l / 4 and
 // l / 4 + 8 of W and of token l / 4, and calls the first four of them the first k16 step and the rest the second.
-// A token's sums do not depend on how many others there are. -D: those of call.cuh, GROUPS (2, 4 or 8).
+// A token's sums do not depend on how many others there are. -D: those of call.cuh, GROUPS (2, 4 or 8), CLUSTER (1 to 8).
 #pragma once
 #include "call.cuh"
+#include "cluster.cuh"
+
+#if CLUSTER > 1
+#define FEW_CLUSTER __cluster_dims__(CLUSTER, 1, 1)
+#else  // the attribute alone is an error where there are none
+#define FEW_CLUSTER
+#endif
 
 namespace few {
 
@@ -32,9 +40,8 @@ struct Place {
 // Of `blocks`, which are a multiple of all tiles: that is how many parts k has.
 __device__ __forceinline__ Place place_of_block(int block, int blocks, int num_rows, int num_tokens) {
     const int token_tiles = (num_tokens + TOKENS - 1) / TOKENS, row_tiles = (num_rows + ROWS - 1) / ROWS;
-    const int splits = blocks / (row_tiles * token_tiles), piece = block / token_tiles, token_tile = block % token_tiles;
-    const int row_tile = piece / splits;
-    return {row_tile * ROWS, piece % splits, splits, token_tile * TOKENS, row_tile * token_tiles + token_tile};
+    const int splits = CLUSTER > 1 ? CLUSTER : blocks / (row_tiles * token_tiles), tile = block / splits;
+    return {tile / token_tiles * ROWS, block % splits, splits, tile % token_tiles * TOKENS, tile};
 }
 
 // What a block has of W.
@@ -78,15 +85,21 @@ struct Weights {
                                              __half* smem, Sums& sums) {
         const int chunks = num_chunks(), lane = threadIdx.x % 32;
         const int stage_size = parts * TOKENS * CHUNK;
+        // A thread copies the same piece of every so-many-th token.
+        constexpr int AT_ONCE = THREADS / PIECES;
+        static_assert(TOKENS % AT_ONCE == 0 && AT_ONCE % 2 == 0, "places of a thread's pieces are the same in every token");
+        const int piece = threadIdx.x % PIECES, first_token = threadIdx.x / PIECES, place = place_of(first_token, piece);
+        tokens += first_token * stride + first_k + piece * 8;
         auto copy = [&](int chunk) {
             if (chunk < chunks) {
-                __half* const target = smem + chunk % STAGES * stage_size;
-                const int first = first_k + chunk * CHUNK;
-                for (int i = threadIdx.x; i < parts * TOKENS * PIECES; i += THREADS) {
-                    const int piece = i % PIECES, token = i / PIECES % TOKENS, p = i / (PIECES * TOKENS);
-                    const int k = first + piece * 8;
-                    copy16_async(target + p * TOKENS * CHUNK + place_of(token, piece), tokens + token * stride + p * part + k,
-                                 token < num_tokens && k < end_k);
+                const bool is_inside = first_k + chunk * CHUNK + piece * 8 < end_k;
+#pragma unroll 1
+                for (int p = 0; p < parts; ++p) {
+                    const unsigned target = shared_address(smem + chunk % STAGES * stage_size + p * TOKENS * CHUNK + place);
+                    const __half* source = tokens + chunk * CHUNK + p * part;
+#pragma unroll 1
+                    for (int i = 0; i < TOKENS; i += AT_ONCE, source += AT_ONCE * stride)
+                        copy16_async(target + i * CHUNK * 2, source, is_inside && first_token + i < num_tokens);
                 }
             }
             copies_commit();
@@ -142,45 +155,80 @@ struct Weights {
     }
 };
 
-// Add up what the blocks of a tile found, in their order; true for the block that is last, which has all of it then.
-// `counters`: zero, and left so, one for each tile. All threads together.
-__device__ __forceinline__ bool add_up(const Place& at, Sums& sums, float* partial, int* counters) {
-    if (at.splits == 1) return true;
-    __shared__ bool is_last;
-    float4* const of_tile = reinterpret_cast<float4*>(partial) + static_cast<long long>(at.tile) * at.splits * GROUPS * THREADS;
-    auto place = [&](int split, int g) { return of_tile + (split * GROUPS + g) * THREADS + threadIdx.x; };
+// Add up what the blocks of a tile found, in their order, and call finish(g, sums, prepare(g)) for every group: in a cluster
+// each in one of its blocks, else all in the block that is last. What `prepare` loads is needed late. `smem`: GROUPS x THREADS
+// float4, or `partial` and `counters`, one for each tile, zero, and left so. All threads together.
+template <typename Prepare, typename Finish>
+__device__ __forceinline__ void add_up(const Place& at, Sums& sums, void* smem, float* partial, int* counters,
+                                       Prepare prepare, Finish finish) {
+    using More = decltype(prepare(0));
+    if constexpr (CLUSTER > 1) {
+        const int rank = rank_in_cluster();
+        float4* const own = static_cast<float4*>(smem) + threadIdx.x;
+        More more = prepare(min(rank, GROUPS - 1));
+        __syncthreads();  // nobody reads tokens any more
 #pragma unroll
-    for (int g = 0; g < GROUPS; ++g)
-        __stcg(place(at.split, g), make_float4(sums[g][0], sums[g][1], sums[g][2], sums[g][3]));
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        is_last = count_in_order(counters + at.tile) == at.splits - 1;
-        if (is_last) counters[at.tile] = 0;
-    }
-    __syncthreads();
-    if (!is_last) return false;
-#pragma unroll
-    for (int g = 0; g < GROUPS; ++g)
-#pragma unroll
-        for (int e = 0; e < 4; ++e) sums[g][e] = 0.0f;
-    constexpr int AT_ONCE = 16 / GROUPS;  // blocks whose sums are under way
+        for (int g = 0; g < GROUPS; ++g) own[g * THREADS] = make_float4(sums[g][0], sums[g][1], sums[g][2], sums[g][3]);
+        cluster_sync();
 #pragma unroll 1
-    for (int first = 0; first < at.splits; first += AT_ONCE) {
-        float4 found[AT_ONCE][GROUPS];
+        for (int g = rank; g < GROUPS; g += CLUSTER) {
+            float4 found[CLUSTER];
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; ++u)
+            for (int other = 0; other < CLUSTER; ++other) found[other] = load_from(address_in(other, own + g * THREADS));
+            float total[4] = {};
 #pragma unroll
-            for (int g = 0; g < GROUPS; ++g)
-                found[u][g] = first + u < at.splits ? __ldcg(place(first + u, g)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-#pragma unroll
-        for (int u = 0; u < AT_ONCE; ++u)
-#pragma unroll
-            for (int g = 0; g < GROUPS; ++g) {
-                sums[g][0] += found[u][g].x, sums[g][1] += found[u][g].y;
-                sums[g][2] += found[u][g].z, sums[g][3] += found[u][g].w;
+            for (int other = 0; other < CLUSTER; ++other) {
+                total[0] += found[other].x, total[1] += found[other].y;
+                total[2] += found[other].z, total[3] += found[other].w;
             }
+            finish(g, total, more);
+            if (g + CLUSTER < GROUPS) more = prepare(g + CLUSTER);
+        }
+        cluster_meet();  // nobody reads this block's sums any more
+        return;
     }
-    return true;
+    if (at.splits > 1) {
+        __shared__ bool is_last;
+        float4* const of_tile =
+            reinterpret_cast<float4*>(partial) + static_cast<long long>(at.tile) * at.splits * GROUPS * THREADS;
+        auto place = [&](int split, int g) { return of_tile + (split * GROUPS + g) * THREADS + threadIdx.x; };
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g)
+            __stcg(place(at.split, g), make_float4(sums[g][0], sums[g][1], sums[g][2], sums[g][3]));
+        __syncthreads();
+        if (threadIdx.x == 0) {
+            is_last = count_in_order(counters + at.tile) == at.splits - 1;
+            if (is_last) counters[at.tile] = 0;
+        }
+        __syncthreads();
+        if (!is_last) return;
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums[g][e] = 0.0f;
+        constexpr int AT_ONCE = 16 / GROUPS;  // blocks whose sums are under way
+#pragma unroll 1
+        for (int first = 0; first < at.splits; first += AT_ONCE) {
+            float4 found[AT_ONCE][GROUPS];
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; ++u)
+#pragma unroll
+                for (int g = 0; g < GROUPS; ++g)
+                    found[u][g] = first + u < at.splits ? __ldcg(place(first + u, g)) : make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; ++u)
+#pragma unroll
+                for (int g = 0; g < GROUPS; ++g) {
+                    sums[g][0] += found[u][g].x, sums[g][1] += found[u][g].y;
+                    sums[g][2] += found[u][g].z, sums[g][3] += found[u][g].w;
+                }
+        }
+    }
+    More more[GROUPS];
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) more[g] = prepare(g);
+#pragma unroll
+    for (int g = 0; g < GROUPS; ++g) finish(g, sums[g], more[g]);
 }
 
 // Row of W and token of sum e of group g.

@@ -41,7 +41,7 @@ struct Ring {
 // Wait for all threads that share a ring: after init, and before a block may end.
 __device__ __forceinline__ void begin() {
     if constexpr (CLUSTER == 1) __syncthreads();
-    else cluster_begin();
+    else cluster_meet();
 }
 
 __device__ __forceinline__ void end() {

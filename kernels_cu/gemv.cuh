@@ -17,26 +17,37 @@ constexpr int STEP = 32;  // k of a warp at a time; its next steps lie WARPS ste
 // The k at which this thread's 8 elements of a step begin.
 __device__ __forceinline__ int first_k(int step) { return step * STEP + threadIdx.x % 4 * 8; }
 
-// One block's Tiles x 8 rows of W. Loads of Unroll steps a warp are under way at a time.
+constexpr int LATER = 2;  // steps of W on their way to shared memory, since registers are short
+
+// What a warp has there: steps, as each lane copies its part of them; at last its sums, [MAX_VECTORS, 8 Tiles].
+template <int Tiles>
+struct alignas(16) WarpMemory {
+    union {
+        uint4 steps[LATER][Tiles][32];
+        float sums[MAX_VECTORS * TILE * Tiles];
+    };
+};
+
+// One block's Tiles x 8 rows of W. Of a warp's steps, Unroll are under way to registers and the LATER next ones to shared
+// memory at a time.
 template <int Tiles, int Unroll>
 struct Rows {
+    static constexpr int DEPTH = Unroll + LATER;
     const __half* mine;  // of this thread's row of the first tile
     int rows_left, k_size;
+    WarpMemory<Tiles>& own;
     uint4 loaded[Unroll][Tiles];
 
-    // Needs nothing that the kernel before this one writes.
-    __device__ __forceinline__ Rows(const __half* w, int num_rows, int k_size) : k_size(k_size) {
+    // Needs nothing that the kernel before this one writes. `memory`: of the block's warps.
+    __device__ __forceinline__ Rows(const __half* w, int num_rows, int k_size, WarpMemory<Tiles>* memory)
+        : k_size(k_size), own(memory[threadIdx.x / 32]) {
         const int row = threadIdx.x % 32 / 4;
         mine = w + static_cast<long long>(row) * k_size;
         rows_left = num_rows - row;
 #pragma unroll
         for (int u = 0; u < Unroll; ++u) load(loaded[u], first_k(threadIdx.x / 32 + u * WARPS));
-        // One more as far as L2: registers are short.
-        const int k = first_k(threadIdx.x / 32 + Unroll * WARPS);
 #pragma unroll
-        for (int t = 0; t < Tiles; ++t)
-            if (k < k_size && t * TILE < rows_left)
-                asm volatile("prefetch.global.L2 [%0];" ::"l"(mine + t * TILE * k_size + k));
+        for (int u = 0; u < LATER; ++u) copy<true>(own.steps[u], first_k(threadIdx.x / 32 + (Unroll + u) * WARPS));
     }
 
     __device__ __forceinline__ void load(uint4 (&step)[Tiles], int k) {
@@ -48,25 +59,44 @@ struct Rows {
         }
     }
 
-    // Shared float sums [WARPS, MAX_VECTORS, 8 Tiles]: each warp's share of vector m times row n of W. `fetch(k, parts)`
-    // gives this thread's elements k to k + 7 of vector l / 4, float16, zero where there are none, in 1 or 2 Parts; it is
-    // asked for AtOnce steps at a time.
+    // First: with the hint that W is read once. Within the loop of large weights its registers cost more than it gives.
+    template <bool First>
+    __device__ __forceinline__ void copy(uint4 (&step)[Tiles][32], int k) {
+#pragma unroll
+        for (int t = 0; t < Tiles; ++t) {
+            const unsigned target = shared_address(&step[t][threadIdx.x % 32]);
+            const __half* const source = mine + t * TILE * k_size + k;
+            const bool valid = k < k_size && t * TILE < rows_left;
+            if (First) copy16_async(target, source, valid, read_once());
+            else copy16_async(target, source, valid);
+        }
+        copies_commit();
+    }
+
+    // Leave each warp's sums, vector m times row n of W, in its memory. `fetch(k, parts)` gives this thread's elements k to
+    // k + 7 of vector l / 4, float16, zero where there are none, in 1 or 2 Parts; it is asked for AtOnce steps at a time.
     template <int Parts, int AtOnce, typename Fetch>
-    __device__ __forceinline__ void multiply(float* sums, Fetch fetch) {
+    __device__ __forceinline__ void multiply(Fetch fetch) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         const int steps = (k_size + STEP - 1) / STEP;
         constexpr int CHAINS = Tiles == 1 ? 2 : 1;  // products wait for the one before them, or for those of other tiles
         float total[Tiles][CHAINS][4] = {};
 #pragma unroll 1
-        for (int first = warp; first < steps; first += Unroll * WARPS) {
+        for (int first = warp; first < steps; first += DEPTH * WARPS) {
+            const bool more = first + DEPTH * WARPS < steps;
 #pragma unroll
-            for (int some = 0; some < Unroll; some += AtOnce) {
+            for (int some = 0; some < DEPTH; some += AtOnce) {
                 uint4 vector[AtOnce][Parts];
 #pragma unroll
                 for (int u = 0; u < AtOnce; ++u) fetch(first_k(first + (some + u) * WARPS), vector[u]);
 #pragma unroll
                 for (int u = 0; u < AtOnce; ++u) {
-                    uint4(&w)[Tiles] = loaded[some + u];
+                    const int step = some + u, next_k = first_k(first + (DEPTH + step) * WARPS);
+                    uint4 w[Tiles];
+                    if (step >= Unroll) copies_wait<LATER - 1>();  // each lane reads what it has copied
+#pragma unroll
+                    for (int t = 0; t < Tiles; ++t)
+                        w[t] = step < Unroll ? loaded[step % Unroll][t] : own.steps[max(step - Unroll, 0)][t][lane];
                     // High parts are rows 0 to 7 of A, low parts rows 8 to 15.
                     const uint4 high = vector[u][0], low = Parts == 2 ? vector[u][Parts - 1] : make_uint4(0, 0, 0, 0);
                     const unsigned first_half[4] = {high.x, low.x, high.y, low.y};
@@ -76,13 +106,20 @@ struct Rows {
                         multiply_add(total[t][0], first_half, w[t].x, w[t].y);
                         multiply_add(total[t][CHAINS - 1], second_half, w[t].z, w[t].w);
                     }
-                    if (first + Unroll * WARPS < steps) load(w, first_k(first + (Unroll + some + u) * WARPS));
+                    if (step < Unroll) {
+                        if (more) load(loaded[step % Unroll], next_k);
+                    } else if (more) {
+                        copy<false>(own.steps[max(step - Unroll, 0)], next_k);
+                    } else {
+                        copies_commit();  // of nothing: groups are counted
+                    }
                 }
             }
         }
+        __syncwarp();  // sums lie where steps were
 #pragma unroll
         for (int t = 0; t < Tiles; ++t) {
-            float* place = sums + (warp * MAX_VECTORS + lane / 4) * (TILE * Tiles) + t * TILE + lane % 4 * 2;
+            float* place = own.sums + lane / 4 * (TILE * Tiles) + t * TILE + lane % 4 * 2;
             float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
             for (int c = 0; c < CHAINS; ++c) {
@@ -97,10 +134,10 @@ struct Rows {
 // Sum `i`, over the warps and always in the same order, of sums that `multiply` left: vector i / (8 Tiles), row of W
 // i % (8 Tiles).
 template <int Tiles>
-__device__ __forceinline__ float sum_of_warps(const float* sums, int i) {
+__device__ __forceinline__ float sum_of_warps(const WarpMemory<Tiles>* memory, int i) {
     float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += sums[w * MAX_VECTORS * TILE * Tiles + i];
+    for (int w = 0; w < WARPS; ++w) sum += memory[w].sums[i];
     return sum;
 }
 

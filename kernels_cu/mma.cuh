@@ -24,6 +24,20 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global, b
     copy16_async(shared_address(shared), global, valid);
 }
 
+// A policy for what is read once: it makes way in L2 for instructions and whatever else is read again.
+__device__ __forceinline__ unsigned long long read_once() {
+    unsigned long long policy;
+    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    return policy;
+}
+
+// As above, with a policy of L2.
+__device__ __forceinline__ void copy16_async(unsigned shared, const void* global, bool valid, unsigned long long policy) {
+    asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2, %3;" ::"r"(shared), "l"(global),
+                 "r"(valid ? 16 : 0), "l"(policy)
+                 : "memory");
+}
+
 __device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
 // Wait until at most PENDING of the committed groups are under way.

@@ -115,7 +115,7 @@ __device__ __forceinline__ void prepare_past(const Call& call, int item, int row
 #pragma unroll
         for (int r = 0; r < AT_ONCE; ++r) {
             const int slot = first_slot + min(i + r * step, count - 1);
-            position[r] = __ldcg(call.cached_positions + static_cast<long long>(b) * call.capacity + slot);
+            position[r] = __ldcg(positions_of(call, b) + slot);
 #pragma unroll
             for (int p = 0; p < PAIRS; ++p) {
                 const int d = min(2 * lane + 64 * p, HEAD_DIM / 2 - 2);

@@ -2,11 +2,10 @@
 //   y = attention Wo^T + bias + residual          float32 sums, one rounding; 0 in padding rows
 //
 // Grid (tiles of 64 rows of Wo and 8 GROUPS tokens, each several blocks), block 128 threads. Shared memory: STAGES x 8
-// GROUPS x 64 halves.
-// -D: those of call.cuh, GROUPS. Memory bound: one read of Wo, some of it before the kernel ahead has ended.
+// GROUPS x 64 halves. -D: those of gemm_few.cuh. Memory bound: one read of Wo, some of it before the kernel ahead has ended.
 #include "gemm_few.cuh"
 
-extern "C" __global__ void __launch_bounds__(few::THREADS, 3)
+extern "C" __global__ void FEW_CLUSTER __launch_bounds__(few::THREADS, 3)
 project_output_few(const __grid_constant__ Call call)
 {
     extern __shared__ __align__(128) __half smem[];
@@ -20,28 +19,33 @@ project_output_few(const __grid_constant__ Call call)
     few::Sums sums;
     w.multiply(call.attention + static_cast<long long>(place.first_token) * k_size, k_size, num_tokens - place.first_token, 1,
                0, smem, sums);
-    if (!few::add_up(place, sums, call.partial, call.counters)) return;
+    struct More {
+        float value[4];
+        int slot[2];
+    };
+    few::add_up(
+        place, sums, smem, call.partial, call.counters,
+        [&](int g) {
+            More more;
 #pragma unroll
-    for (int e = 0; e < 4; ++e) {
-        const int n = few::row_of(place, e);
-        if (n >= call.hidden_size) continue;
-        const float bias = call.o_bias != nullptr ? call.o_bias[n] : 0.0f;
-        float more[GROUPS];
-        int slots[GROUPS];
+            for (int e = 0; e < 4; ++e) {
+                const int n = few::row_of(place, e), m = few::token_of(place, g, e);
+                const bool is_in = n < call.hidden_size && m < num_tokens;
+                if (e < 2) more.slot[e] = m < num_tokens ? call.rows[m].x : PADDING;
+                more.value[e] = is_in && call.o_bias != nullptr ? call.o_bias[n] : 0.0f;
+                if (is_in && call.residual != nullptr)
+                    more.value[e] += static_cast<float>(call.residual[static_cast<long long>(m) * call.hidden_size + n]);
+            }
+            return more;
+        },
+        [&](int g, const float(&sum)[4], const More& more) {
 #pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {  // all of it is asked for before the first is needed
-            const int m = few::token_of(place, g, e);
-            const long long at = static_cast<long long>(m) * call.hidden_size + n;
-            slots[g] = m < num_tokens ? call.rows[m].x : PADDING;
-            more[g] = m < num_tokens && call.residual != nullptr ? bias + static_cast<float>(call.residual[at]) : bias;
-        }
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g) {
-            const int m = few::token_of(place, g, e);
-            if (m >= num_tokens) continue;
-            const float value = sums[g][e] * call.o_unscale + more[g];
-            call.y[static_cast<long long>(m) * call.hidden_size + n] = static_cast<STORAGE>(
-                slots[g] >= 0 ? value : slots[g] == FAULT ? __int_as_float(0x7fffffff) : 0.0f);
-        }
-    }
+            for (int e = 0; e < 4; ++e) {
+                const int n = few::row_of(place, e), m = few::token_of(place, g, e), slot = more.slot[e % 2];
+                if (n >= call.hidden_size || m >= num_tokens) continue;
+                const float value = sum[e] * call.o_unscale + more.value[e];
+                call.y[static_cast<long long>(m) * call.hidden_size + n] =
+                    static_cast<STORAGE>(slot >= 0 ? value : slot == FAULT ? __int_as_float(0x7fffffff) : 0.0f);
+            }
+        });
 }

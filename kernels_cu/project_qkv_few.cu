@@ -1,11 +1,11 @@
 // RMSNorm and QKV projection for more tokens than decode_project.cu takes, but not many.
 //   qkv = (x / rms(x) * w_in) Wqkv^T + bias          float32 [B S, (Hq + 2 Hkv) D]; the norms of heads follow on reading
 //
-// Grid (a block to normalise each row of x; then tiles of 64 rows of Wqkv and 8 GROUPS tokens, each several blocks), block
-// 128 threads. The latter wait for the former, which come first: blocks begin in the order of their index. k, and on the
-// precise path all, is multiplied by hidden states in high and low halves. Shared memory: STAGES x 2 x 8 GROUPS x 64 halves,
-// and not less than H floats and H STORAGE. -D: those of call.cuh, GROUPS. Memory bound: one read of Wqkv, some of it before
-// the kernel ahead has ended.
+// Grid (a block to normalise each row of x, rounded up to whole clusters; then tiles of 64 rows of Wqkv and 8 GROUPS
+// tokens, each several blocks), block 128 threads. The latter wait for the former, which come first: blocks begin in the
+// order of their index. k, and on the precise path all, is multiplied by hidden states in high and low halves. Shared
+// memory: STAGES x 2 x 8 GROUPS x 64 halves, and not less than H floats and H STORAGE. -D: those of gemm_few.cuh. Memory
+// bound: one read of Wqkv, some of it before the kernel ahead has ended.
 #include "gemm_few.cuh"
 #include "reduce.cuh"
 #include "storage.cuh"
@@ -60,18 +60,18 @@ __device__ __forceinline__ void normalise_row(const Call& call, int m, char* sme
     if (threadIdx.x == 0) count_in_order(&call.counters[READY]);
 }
 
-extern "C" __global__ void __launch_bounds__(few::THREADS, 3)
+extern "C" __global__ void FEW_CLUSTER __launch_bounds__(few::THREADS, 3)
 project_qkv_few(const __grid_constant__ Call call)
 {
     extern __shared__ __align__(128) char smem[];
     const int size = call.hidden_size, num_tokens = call.batch * call.seq;
     const int total_rows = (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
-    const int block = static_cast<int>(blockIdx.x) - num_tokens;
-    if (block < 0) {
-        normalise_row(call, blockIdx.x, smem);
+    const int first_block = (num_tokens + CLUSTER - 1) / CLUSTER * CLUSTER, num_blocks = gridDim.x - first_block;
+    if (blockIdx.x < first_block) {
+        if (blockIdx.x < num_tokens) normalise_row(call, blockIdx.x, smem);
         return;
     }
-    const few::Place place = few::place_of_block(block, gridDim.x - num_tokens, total_rows, num_tokens);
+    const few::Place place = few::place_of_block(blockIdx.x - first_block, num_blocks, total_rows, num_tokens);
     few::Weights w(place, call.qkv_proj, total_rows, size);
     wait_for_previous_kernel();
     // Not before: attend_decode reads lengths and cached keys at once, so all calls before this one must have ended.
@@ -91,19 +91,23 @@ project_qkv_few(const __grid_constant__ Call call)
     const long long stride = static_cast<long long>(HIDDEN_PARTS) * size;
     w.multiply(call.hidden + place.first_token * stride, stride, num_tokens - place.first_token,
                PARTS == 2 || has_keys ? HIDDEN_PARTS : 1, size, reinterpret_cast<__half*>(smem), sums);
-    if (few::add_up(place, sums, call.partial, call.counters + SPLIT)) {
+    few::add_up(
+        place, sums, smem, call.partial, call.counters + SPLIT,
+        [&](int) {
+            const int n = few::row_of(place, 0);
+            float2 bias = make_float2(0.0f, 0.0f);
+            if (call.qkv_bias != nullptr && n < total_rows) bias.x = call.qkv_bias[n];
+            if (call.qkv_bias != nullptr && n + 8 < total_rows) bias.y = call.qkv_bias[n + 8];
+            return bias;
+        },
+        [&](int g, const float(&sum)[4], float2 bias) {
 #pragma unroll
-        for (int e = 0; e < 4; ++e) {
-            const int n = few::row_of(place, e);
-            if (n >= total_rows) continue;
-            const float bias = call.qkv_bias != nullptr ? call.qkv_bias[n] : 0.0f;
-#pragma unroll
-            for (int g = 0; g < GROUPS; ++g) {
-                const int m = few::token_of(place, g, e);
-                if (m < num_tokens) call.qkv[static_cast<long long>(m) * total_rows + n] = sums[g][e] * call.qkv_unscale + bias;
+            for (int e = 0; e < 4; ++e) {
+                const int n = few::row_of(place, e), m = few::token_of(place, g, e);
+                if (n < total_rows && m < num_tokens)
+                    call.qkv[static_cast<long long>(m) * total_rows + n] = sum[e] * call.qkv_unscale + (e < 2 ? bias.x : bias.y);
             }
-        }
-    }
-    if (threadIdx.x == 0 && before == static_cast<int>(gridDim.x) - num_tokens - 1)  // all have seen that rows are ready
+        });
+    if (threadIdx.x == 0 && before == num_blocks - 1)  // all have seen that rows are ready
         call.counters[DONE] = call.counters[READY] = 0;
 }

@@ -78,6 +78,7 @@ struct Shares {
 __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequence, const SequenceTiles& mine) {
     const int lane = threadIdx.x % 32, blocks = gridDim.x;
     int total = 0, most = 0, least = 0x7fffffff;
+#pragma unroll 1  // code that is skipped is fetched all the same
     for (int first = 0; first < call.batch; first += 32) {
         const int tiles = first == 0 ? mine.tiles : sequence_tiles(call, first + lane).tiles;
         total += BY_PIECES ? pieces_of(tiles) : tiles;
@@ -96,7 +97,7 @@ __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequen
         return {max(1, (most + runs - 1) / runs), true};
     }
     const int whole_heads = (heads + blocks - 1) / blocks * most;  // an uneven end may cost less than crossing heads
-    return {whole_heads <= even + even / 16 ? whole_heads : even, false};
+    return {whole_heads <= even + even / 64 ? whole_heads : even, false};
 }
 
 // A place in a block's run: the next tile of this warp, and the head it belongs to.
@@ -142,6 +143,7 @@ __device__ __forceinline__ bool find(const Call& call, const Shares& shares, int
                                      const SequenceTiles& mine, int place, Cursor& at) {
     const int lane = threadIdx.x % 32;
     int begin = 0;
+#pragma unroll 1
     for (int first = 0; first < call.batch; first += 32) {
         const SequenceTiles s = first == 0 ? mine : sequence_tiles(call, first + lane);
         const int width = shares.width(s.tiles), here = width * heads_a_sequence;

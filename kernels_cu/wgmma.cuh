@@ -7,7 +7,7 @@
 // Sums of m64nNk16, in lane l of warp w of the warpgroup: d[4 j + e] is row 16 w + l / 4 + 8 (e / 2), column
 // 8 j + 2 (l % 4) + e % 2. As the A operand of a next product, d[8 t] to d[8 t + 7] packed in pairs are its 16 columns.
 #pragma once
-#include "mma.cuh"
+#include "cluster.cuh"
 
 constexpr int WARPGROUP = 128;
 constexpr int TILE_COLUMNS = 64;  // halves in a row of a tile
@@ -87,35 +87,12 @@ __device__ __forceinline__ void load_quads(void* tile, const TensorMap* map, Bar
         : "memory");
 }
 
-// Clusters: a few blocks that run at the same time and reach into each other's shared memory.
-
-__device__ __forceinline__ int rank_in_cluster() {
-    int rank;
-    asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));  // the same whenever it is read
-    return rank;
-}
-
-// All threads of all blocks.
-__device__ __forceinline__ void cluster_sync() {
-    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
-// The same where barriers_initialised() is all that others must see: without a fence of the whole GPU.
-__device__ __forceinline__ void cluster_begin() {
-    asm volatile("barrier.cluster.arrive.relaxed.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
+// Clusters (cluster.cuh).
 
 // Arrive at a barrier of another block. Reads of shared memory by products that were waited
 // for are over then; to order more than that (.release.cluster) would cost a fence of the whole GPU.
 __device__ __forceinline__ void barrier_arrive_at(unsigned address) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
-}
-
-// Where what lies here lies in another block.
-__device__ __forceinline__ unsigned address_in(int rank, const void* here) {
-    unsigned there;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(here)), "r"(rank));
-    return there;
 }
 
 // As load_quads, to the same place in every block of `mask`, and each one's barrier counts the bytes.

@@ -42,6 +42,7 @@ INSTRUCTIONS = (
     ("red.release.gpu.global.add.s32 [%0], %1;", "ptx_red", ""),
     ("ld.acquire.gpu.global.s32 %0, [%1];", "ptx_load_acquire", ""),
     ("cp.async.cg.", "ptx_cp_async", "16"),
+    ("createpolicy.", "ptx_policy", ""),
     ("cp.async.ca.shared.global [%0], [%1], 4, %2;", "ptx_cp_async", "4"),
     ("cp.async.ca.shared.global [%0], [%1], 4;", "ptx_cp_async", "4, 4"),
     ("cp.async.commit_group", "ptx_cp_commit", ""),
@@ -87,6 +88,7 @@ INSTRUCTIONS = (
     ("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
     ("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
     ("mapa.shared::cluster.u32 %0, %1, %2;", "ptx_address_in", ""),
+    ("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];", "ptx_load_there", ""),
     ("elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }", "ptx_elect", ""),
     ("mbarrier.arrive.shared::cluster.b64 _, [%0];", "ptx_barrier_arrive_at", ""),
     ("setmaxnreg.inc.", "ptx_setmaxnreg", ""),
@@ -284,7 +286,7 @@ def kernel(name: str, macros: Macros):
     source = (kernels.SOURCES / f"{name}.cu").read_text()
     alignment = re.search(r"extern __shared__ __align__\((\d+)\)", source)
     start = RESERVED + (int(alignment[1]) if alignment else 0)
-    cluster = re.search(r"__cluster_dims__\(([^,]+), 1, 1\)", source)
+    cluster = dict(macros).get("CLUSTER", "1")
     has_maps = re.search(r"const __grid_constant__ Maps\b", source) is not None
     arguments = "*call, own" if has_maps else "*call"
     copy_maps = (
@@ -302,7 +304,7 @@ def kernel(name: str, macros: Macros):
             "                           const void* maps, size_t bytes) {\n"
             f"{copy_maps if has_maps else ''}"
             f"    emulator::shared_start = {start};\n"
-            f"    return emulator::launch(grid, threads, {cluster[1] if cluster else 1}, smem, seed,\n"
+            f"    return emulator::launch(grid, threads, {cluster}, smem, seed,\n"
             f"                            [=] {{ {name}({arguments}); }});\n}}\n"
         )
         library = Path(folder) / "kernel.so"
@@ -429,11 +431,14 @@ class EmulatedLauncher:
         return run
 
 
-def pretend(monkeypatch: Any, num_sms: int, cluster: int = 1) -> None:
-    """Let the package find a GPU with so many multiprocessors, which is this CPU; clusters are of so many blocks."""
+def pretend(monkeypatch: Any, num_sms: int, cluster: int = 1, *, hopper: bool = True) -> None:
+    """Let the package find a GPU with so many multiprocessors, which is this CPU.
+
+    ``cluster``: blocks of a cluster of Hopper's own prefill kernels, which there are if ``hopper``.
+    """
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
     monkeypatch.setattr(cuda, "problem", lambda: None)
-    monkeypatch.setattr(cuda, "limits", lambda device: dataclasses.replace(cuda.H200, num_sms=num_sms))
+    monkeypatch.setattr(cuda, "limits", lambda device: dataclasses.replace(cuda.H200, num_sms=num_sms, wgmma=hopper))
     monkeypatch.setattr(wgmma, "CLUSTER", cluster)
     monkeypatch.setattr(cuda, "Launcher", EmulatedLauncher)
     monkeypatch.setattr(cuda, "tensor_map", fake_tensor_map)

@@ -59,7 +59,7 @@ def builds(request):
 
 @pytest.mark.parametrize(("name", "macros", "arch"),
                          [(*pair, arch) for pair in warmup.published() for arch in kernels.ARCHITECTURES
-                          if kernels.compiles_for(pair[0], arch)],
+                          if kernels.compiles_for(*pair, arch)],
                          ids=lambda v: v if isinstance(v, str) else re.sub(r"[^\w=.]+", "-", settings(v)))  # fmt: skip
 def test_every_specialisation_compiles_and_keeps_its_values_in_registers(builds, arch, name, macros):
     check_build(builds[arch, name, macros].result())

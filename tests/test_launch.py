@@ -128,6 +128,29 @@ def test_what_no_kernel_takes_is_said(changes, says):
     assert "float32" in launch.supported(make_config(), "float32")
 
 
+def test_a_row_too_long_for_shared_memory_takes_the_products_of_prefill():
+    config = make_config(head_dim=64, hidden_size=40_000)
+    shape = launch.Shape("float16", 64, precise=False, windowed=False, float32_angles=False)
+    names = [one.name for one in launch.decode(config, shape, cuda.H200, 12, 1)]
+    assert names == ["project_qkv", "attend_decode", "project_output"]
+    assert launch.multiplies_few(make_config(), cuda.H200)
+    assert not launch.multiplies_few(config, cuda.H200)
+
+
+def test_turns_of_keys_rotate_and_scale_them():
+    config, rng = make_config(head_dim=48, rope_theta=1e4), np.random.default_rng(0)
+    k_norm, key = rng.standard_normal(48).astype(np.float32), rng.standard_normal(48)
+    turns = cuda._turns(config, k_norm).astype(np.float64)
+    assert turns.shape == (launch.DECODE_TILE, 24, 4)
+    cos, sin = ca.rope_angles(config, np.arange(launch.DECODE_TILE))
+    low, high = key[:24], key[24:]
+    for offset in range(launch.DECODE_TILE):
+        of_pair = turns[offset, np.arange(24) ^ (offset & 1)]  # as the kernel finds them
+        rotated = np.r_[low * of_pair[:, 0] - high * of_pair[:, 1], high * of_pair[:, 2] + low * of_pair[:, 3]]
+        expected = ca.apply_rope((key * k_norm)[None, None, None], cos[offset : offset + 1], sin[offset : offset + 1])
+        assert np.abs(rotated - np.asarray(expected).reshape(48)).max() < 1e-5
+
+
 @pytest.mark.parametrize("theta", [1e4, 1e6])
 def test_angles_from_integers_are_right_at_any_position(theta):
     """What rope.cuh does, in NumPy's integers: turns modulo one, 23 bits of them."""

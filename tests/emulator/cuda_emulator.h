@@ -258,10 +258,12 @@ inline void entry() {
 }
 
 inline char* shared(unsigned address, int bytes) {
-    const int offset = static_cast<int>(address) - shared_start;
-    if (offset < 0 || offset + bytes > shared_bytes) fail("an address outside the block's shared memory");
+    const bool is_static = address >= STATIC_START;
+    const int offset = static_cast<int>(address) - (is_static ? static_cast<int>(STATIC_START) : shared_start);
+    if (offset < 0 || offset + bytes > (is_static ? places_end : shared_bytes))
+        fail("an address outside the block's shared memory");
     if (offset % bytes) fail("a misaligned address");
-    return block->memory + offset;
+    return (is_static ? block->variables : block->memory) + offset;
 }
 
 // The block's own of a __shared__ variable, at the same place in all blocks. Whoever names it first takes the place.
@@ -609,7 +611,8 @@ inline void ptx_atom(int& before, int* place) { before = atomicAdd(place, 1); }
 inline void ptx_red(int* place, int value) { atomicAdd(place, value); }
 inline void ptx_load_acquire(int& value, const int* place) { value = *place; }
 
-inline void ptx_cp_async(unsigned to, const void* from, int bytes, int valid) {
+inline void ptx_policy(unsigned long long& policy) { policy = 1; }
+inline void ptx_cp_async(unsigned to, const void* from, int bytes, int valid, unsigned long long = 0) {
     using namespace emulator;
     Copy copy = {shared(to, bytes), static_cast<const char*>(from), bytes, valid, current->group};
     if (random_bits() % 4 == 0) {
@@ -741,7 +744,7 @@ inline void ptx_barrier_init(unsigned address, int count) {
     if (address % 8) fail("a misaligned address");
     if (count < 1) fail("a barrier of no arrivals");
     if (block->barriers.count(address)) fail("a barrier is initialised twice");
-    char* place = address >= STATIC_START ? block->variables + (address - STATIC_START) : shared(address, 8);
+    char* place = shared(address, 8);
     BarrierState barrier = {reinterpret_cast<unsigned long long*>(place), count, count, 0, 0};
     *barrier.place = mark_of(address);
     block->barriers[address] = barrier;
@@ -768,6 +771,18 @@ inline void ptx_address_in(unsigned& there, unsigned here, int rank) {
     using namespace emulator;
     if (rank < 0 || rank >= num_blocks) fail("an address in a block that is not of the cluster");
     there = here | static_cast<unsigned>(rank) << RANK_BITS;
+}
+
+// 16 bytes of any block's.
+inline void ptx_load_there(float& a, float& b, float& c, float& d, unsigned there) {
+    using namespace emulator;
+    const int rank = there >> RANK_BITS;
+    if (rank >= num_blocks) fail("a load from a block that is not of the cluster");
+    if (!blocks[rank].alive) fail("a load from a block that has ended");
+    block = &blocks[rank];
+    const auto* place = reinterpret_cast<const float*>(shared(there & ((1u << RANK_BITS) - 1), 16));
+    block = current->block;
+    a = place[0], b = place[1], c = place[2], d = place[3];
 }
 
 // The same of a barrier in any block.
