@@ -32,7 +32,7 @@ class Small:
     keys. With ``num_sms`` the kernels are launched as for a GPU of so many multiprocessors: they take the tiles of long
     prompts, and one block goes through many of them. ``portable``: as for a GPU before Hopper. ``heads`` are query and
     KV heads; in decode 16 query heads of one KV head are two tiles. On a Hopper GPU the runs take every specialisation
-    that an import builds (test_gpu_report.py).
+    that an import builds, clusters of one size standing for those of others (test_gpu_report.py).
     """
 
     dtype: str
@@ -67,7 +67,7 @@ def small_runs() -> list[Small]:
         *(Small(dtype, False, calls=(1, 1), num_sms=num_sms) for dtype in DTYPES for num_sms in (16, 22)),
         *(Small(*kind, calls=(2, 16, 1)) for kind in both),  # a few tokens a sequence
         *(Small(*kind, batch=12, calls=(3, 1), batch_invariant=True) for kind in crossed),
-        *(Small(*kind, batch=64, calls=(1, 1)) for kind in both),
+        *(Small(*kind, batch=64, calls=(1, 1), portable=portable) for kind in both for portable in (False, True)),
         *(Small(*kind, calls=(70, 130, 1), window=SMALL_WINDOW) for kind in crossed),
         *(Small(*kind, calls=(70, 20), stages=True) for kind in crossed),
     ]
