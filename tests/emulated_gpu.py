@@ -286,7 +286,7 @@ def kernel(name: str, macros: Macros):
     source = (kernels.SOURCES / f"{name}.cu").read_text()
     alignment = re.search(r"extern __shared__ __align__\((\d+)\)", source)
     start = RESERVED + (int(alignment[1]) if alignment else 0)
-    cluster = dict(macros).get("CLUSTER", "1")
+    cluster = dict(macros).get("CLUSTER", "1") if re.search(r"__cluster_dims__|FEW_CLUSTER", source) else "1"
     has_maps = re.search(r"const __grid_constant__ Maps\b", source) is not None
     arguments = "*call, own" if has_maps else "*call"
     copy_maps = (

@@ -42,7 +42,10 @@ def check_build(build):
     # attend_prefill with 64 keys a step, and project_qkv with exact sums, want a few registers more than there are:
     # constants written before the loop and read in it. Steps of 32 keys do without and were 2 % faster at 8,192 tokens,
     # 3 % slower at 512.
-    assert build.spill_bytes <= 160
+    # project_output_few without clusters holds sums of 8 groups of tokens to its end. For sm_120 ptxas spills most:
+    # addresses, of which two or three are read back every 64 k.
+    is_crowded = (build.name, build.arch, dict(build.macros).get("GROUPS")) == ("project_output_few", "sm_120", "8")
+    assert build.spill_bytes <= (224 if is_crowded else 160)
     # ptxas: setmaxnreg is ignored, or products of a warpgroup wait for each other.
     assert not re.search(r"\(C75(08|1[0-4])\)", build.log), build.log
 
