@@ -32,7 +32,7 @@ class Small:
     keys. With ``num_sms`` the kernels are launched as for a GPU of so many multiprocessors: they take the tiles of long
     prompts, and one block goes through many of them. ``portable``: as for a GPU before Hopper. ``heads`` are query and
     KV heads; in decode 16 query heads of one KV head are two tiles. On a Hopper GPU the runs take every specialisation
-    that an import builds, clusters of one size standing for those of others (test_gpu_report.py).
+    that an import builds (test_gpu_report.py).
     """
 
     dtype: str
