@@ -36,7 +36,7 @@ PREFILL_STAGES = (
 DECODES = ((1, 1), (12, 1), (64, 1), (1, 2), (1, 16))
 # Fields of the call that a tensor map is made of.
 MAPPED = (
-    "hidden", "qkv_proj", "q", "k", "v", "v_cache", "attention", "o_proj", "batch", "seq", "capacity",
+    "hidden", "qkv_proj", "q", "k", "v", "k_cache", "v_cache", "attention", "o_proj", "batch", "seq", "capacity",
     "scratch_capacity",
 )  # fmt: skip
 
@@ -360,6 +360,8 @@ class CudaBackend:
             "q": (call["q"], config.q_size, self._shape.parts * rows),
             "k": (call["k"], config.head_dim, self._shape.parts * heads * call["scratch_capacity"]),
             "v": (call[v[0]], config.head_dim, heads * call[v[1]]),
+            "k_cache": (call["k_cache"], config.head_dim, heads * call["capacity"]),
+            "v_cache": (call["v_cache"], config.head_dim, heads * call["capacity"]),
             "attention": (call["attention"], config.q_size, rows),
             "o_proj": (call["o_proj"], config.q_size, config.hidden_size),
         }

@@ -70,8 +70,10 @@ def runs_wgmma(arch: str) -> bool:
 
 
 def compiles_for(name: str, macros: Macros, arch: str) -> bool:
-    """Return whether a specialisation is for an architecture: those with wgmma or clusters are for one."""
-    return runs_wgmma(arch) or not (name.endswith("_wgmma") or "CLUSTERS" in dict(macros))
+    """Return whether a specialisation is for an architecture: those with wgmma, clusters or tensor copies are for one."""
+    return runs_wgmma(arch) or not (
+        name.endswith("_wgmma") or {"CLUSTERS", "TENSOR_COPIES"} & {key for key, _ in macros}
+    )
 
 
 def kernel(name: str, macros: Macros) -> Any:

@@ -16,13 +16,25 @@
 // whose positions have gaps and span more takes a pass for every 16 positions.
 //
 // Grid: a block a multiprocessor; block 32 WARPS threads. Shared memory: see Shared below. -D: those of call.cuh,
-// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT (shares.cuh). Memory bound: one read of K and
+// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT (shares.cuh), TENSOR_COPIES (on Hopper, where
+// D is a multiple of 64: k and v come by tensor copies). Memory bound: one read of K and
 // V. Next come the instructions that make k', so scores are k' q'^T and sums v^T p^T: keys and dims are the rows of
 // products, queries, of which there are few, the columns. Even squares of keys are products: the diagonal of k k^T.
 #include "reduce.cuh"
 #include "rope.cuh"
 #include "shares.cuh"
 #include "storage.cuh"
+#ifdef TENSOR_COPIES
+#include "wgmma.cuh"
+
+constexpr bool BY_TENSOR = true;
+
+struct Maps {
+    TensorMap k, v;  // the caches, [B Hkv capacity, D]
+};
+#else
+constexpr bool BY_TENSOR = false;
+#endif
 
 constexpr int THREADS = 32 * WARPS;
 // A thread of decode_project.cu has 88: both kernels fit a multiprocessor, and this one begins before that ends.
@@ -32,7 +44,7 @@ constexpr int MOST_REGISTERS = SHORT_OF_REGISTERS ? 168 : 255;
 constexpr int STAGES = 2;             // tiles of a warp's ring
 constexpr int STRIDE = HEAD_DIM + 8;  // of q': an odd number of 16-byte pieces, so that ldmatrix meets no bank twice
 constexpr bool SWIZZLED = HEAD_DIM % 64 == 0;
-constexpr int KV_STRIDE = SWIZZLED ? HEAD_DIM : STRIDE;
+constexpr int KV_STRIDE = SWIZZLED ? 64 : STRIDE;  // swizzled: 64 dims of all rows, then the next 64
 constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int D_BLOCKS = HEAD_DIM / 8;
 constexpr int HALF_BLOCKS = HEAD_DIM / 16;
@@ -41,18 +53,22 @@ constexpr int PART = ROWS * (HEAD_DIM + 2);  // floats of what one block found f
 constexpr float MOST = 8.0f;                 // base-2 logarithm of the largest weight: in float16 there is room for 15
 
 struct alignas(16) Tile {
-    STORAGE k[TILE * KV_STRIDE], v[TILE * KV_STRIDE];
+    STORAGE k[TILE * (SWIZZLED ? HEAD_DIM : STRIDE)], v[TILE * (SWIZZLED ? HEAD_DIM : STRIDE)];
 };
 
-// Where 16 bytes of a row of k or v lie in a tile: padded rows, or no room lost and pieces mixed up within their row.
+// Where 16 bytes of a row of k or v lie in a tile: padded rows, or no room lost and pieces mixed up within their 128 bytes,
+// as tensor copies leave them.
 __device__ __forceinline__ int place_of(int row, int piece) {
-    return row * KV_STRIDE + (SWIZZLED ? piece ^ (row & 7) : piece) * 8;
+    if (SWIZZLED) return piece / 8 * (TILE * KV_STRIDE) + row * KV_STRIDE + ((piece ^ row) & 7) * 8;
+    return row * KV_STRIDE + piece * 8;
 }
 
 // The same 16 bytes of an address, `piece` more of them on in its row, where place_of comes down to an exclusive or.
 constexpr bool IS_XOR = HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256;
 
-__device__ __forceinline__ unsigned further_address(unsigned address, int piece) { return address ^ piece * 16; }
+__device__ __forceinline__ unsigned further_address(unsigned address, int piece) {
+    return (address ^ piece % 8 * 16) + piece / 8 * (TILE * KV_STRIDE * 2);
+}
 
 struct alignas(16) Shared {
     Tile ring[WARPS][STAGES];
@@ -65,6 +81,9 @@ struct alignas(16) Shared {
     float q_norm[ROWS * HEAD_DIM];             // normalised queries, not rotated
     uint2 frequency[PAIRS];
     int positions[WARPS][STAGES][TILE];        // of the keys in the ring, but for new tokens
+#ifdef TENSOR_COPIES
+    Barrier full[WARPS][STAGES][2];            // of k and v of a tile
+#endif
     float2 found[WARPS][ROWS];                 // of a warp's tiles: what scores are relative to, sum of weights
 };
 
@@ -117,9 +136,13 @@ __device__ __forceinline__ void load_queries(unsigned (&frag)[4], const __half* 
 }
 
 extern "C" __global__ void __maxnreg__(MOST_REGISTERS)
+#ifdef TENSOR_COPIES
+attend_decode(const __grid_constant__ Call call, const __grid_constant__ Maps maps)
+#else
 attend_decode(const __grid_constant__ Call call)
+#endif
 {
-    extern __shared__ __align__(512) char smem[];  // sizeof(Shared), rows at multiples of their length; see launch.py
+    extern __shared__ __align__(1024) char smem[];  // sizeof(Shared), rows at multiples of their length; see launch.py
     Shared& shared = *reinterpret_cast<Shared*>(smem);
     __shared__ bool is_last;
     __shared__ int2 runs;  // of a head: the first block, or piece, that has a part in it, and how many have
@@ -136,6 +159,13 @@ attend_decode(const __grid_constant__ Call call)
         return;
     }
     copy_tables(call, shared);
+#ifdef TENSOR_COPIES
+    if (lane == 0) {
+        for (int i = 0; i < STAGES; ++i) barrier_init(&shared.full[warp][i][0], 1), barrier_init(&shared.full[warp][i][1], 1);
+        barriers_initialised();
+    }
+    __syncwarp();
+#endif
 
     // q, k and v of a new token.
     const auto qkv_of = [&](int b, int token) {
@@ -149,6 +179,17 @@ attend_decode(const __grid_constant__ Call call)
         if (!is_v && lane < TILE / 4)
             copy16_async(&shared.positions[warp][stage][4 * lane], positions_of(call, to.b) + to.slot + 4 * lane, true);
         STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
+#ifdef TENSOR_COPIES
+        if (elected()) {
+            Barrier* const full = &shared.full[warp][stage][is_v];
+            const int row = (to.b * call.num_kv_heads + to.kv_head_idx) * call.capacity + to.slot;
+            barrier_expect(full, TILE * HEAD_DIM * 2);
+#pragma unroll
+            for (int column = 0; column < HEAD_DIM; column += TILE_COLUMNS)
+                load_tile(target + column * TILE, is_v ? &maps.v : &maps.k, full, column, row, policy);
+        }
+        __syncwarp();
+#else
         const STORAGE* const source = is_v ? call.v_cache + (to.k - call.k_cache) : to.k;
         if (32 % PIECES == 0 && to.slot + TILE <= to.past) {  // a whole tile
             constexpr int ROWS_AT_ONCE = 32 / PIECES > 0 ? 32 / PIECES : 1;
@@ -170,6 +211,7 @@ attend_decode(const __grid_constant__ Call call)
                     copy16_async(target + place_of(row, piece), source + (i - lane) * 8, slot < to.past);
             }
         }
+#endif
     };
     const auto has_new_tokens = [](const Cursor& to) { return to.past - to.slot < TILE; };
     // Append the new tokens that belong to the tile to the cache and to the tile.
@@ -195,6 +237,18 @@ attend_decode(const __grid_constant__ Call call)
             }
             if (IS_ONE) break;
         }
+#ifdef TENSOR_COPIES  // they bring whole tiles, and what follows the last token may be anything
+#pragma unroll 1
+        for (int i = (end - to.slot) * PIECES + lane; i < TILE * PIECES; i += 32)
+            *reinterpret_cast<uint4*>(target + place_of(i / PIECES, i % PIECES)) = make_uint4(0, 0, 0, 0);
+        shared_to_async();  // the next tile is copied over it
+#endif
+    };
+    // k or v of a tile has come; parity: of how often the ring was gone through.
+    const auto wait_for_copy = [&](int stage, bool is_v, int parity) {
+#ifdef TENSOR_COPIES
+        barrier_wait(&shared.full[warp][stage][is_v], parity);
+#endif
     };
     const auto find_tile = [&](Cursor& to) {  // this warp's next, be it of another head
         bool is_there = true;
@@ -231,7 +285,10 @@ attend_decode(const __grid_constant__ Call call)
 #pragma unroll 1
         for (int i = 0; i < STAGES && find_tile(to); ++i) {
 #pragma unroll 1
-            for (int is_v = 0; is_v < 2; ++is_v) append(to, i, is_v);
+            for (int is_v = 0; is_v < 2; ++is_v) {
+                wait_for_copy(i, is_v, 0);
+                append(to, i, is_v);
+            }
             go_on(to);
         }
     }
@@ -280,7 +337,7 @@ attend_decode(const __grid_constant__ Call call)
     let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
     __syncthreads();
 
-    int stage = 0;
+    int stage = 0, parity = 0, begun = 0;  // of the tile in use; how many came before it
     bool has_room = false;    // in the ring, for another tile
     bool is_k_ahead = false;  // the k of that tile has been asked for
     while (true) {
@@ -354,7 +411,10 @@ attend_decode(const __grid_constant__ Call call)
             if (has_room) {
 #pragma unroll 1
                 for (int is_v = is_k_ahead; is_v < 2; ++is_v) {
-                    if (more) copy(ahead, stage ^ 1, is_v), append(ahead, stage ^ 1, is_v);
+                    if (more) {
+                        copy(ahead, stage ^ 1, is_v);
+                        if (!BY_TENSOR) append(ahead, stage ^ 1, is_v);
+                    }
                     copies_commit();
                 }
                 is_k_ahead = false;
@@ -362,6 +422,12 @@ attend_decode(const __grid_constant__ Call call)
                 more = more && find_tile(ahead);
             }
             copies_wait<3>();  // k of this tile; v and the next tile's k and v may be on their way
+            wait_for_copy(stage, false, parity);
+            if (BY_TENSOR && begun >= STAGES && has_new_tokens(at)) {  // the first ones have got theirs
+                wait_for_copy(stage, true, parity);
+#pragma unroll 1
+                for (int is_v = 0; is_v < 2; ++is_v) append(at, stage, is_v);
+            }
             __syncwarp();
             const STORAGE* const k_smem = shared.ring[warp][stage].k;
             const STORAGE* const v_smem = shared.ring[warp][stage].v;
@@ -424,7 +490,10 @@ attend_decode(const __grid_constant__ Call call)
 #endif
                 __syncwarp();
                 if (at.slot + WARPS * TILE < at.end && !is_k_ahead) {  // the last tile makes room for what the warp found
-                    if (more) copy(ahead, stage, false), append(ahead, stage, false);
+                    if (more) {
+                        copy(ahead, stage, false);
+                        if (!BY_TENSOR) append(ahead, stage, false);
+                    }
                     copies_commit();
                     is_k_ahead = true;
                 }
@@ -554,6 +623,7 @@ attend_decode(const __grid_constant__ Call call)
                 } else {
                     copies_wait<2>();
                 }
+                wait_for_copy(stage, true, parity);
                 __syncwarp();
                 const unsigned v_address = shared_address(v_smem + place_of(lane / 16 * 8 + lane % 8, lane / 8 % 2));
 #pragma unroll
@@ -576,7 +646,8 @@ attend_decode(const __grid_constant__ Call call)
             }
             __syncwarp();  // all lanes have read the tile
             at.slot += WARPS * TILE;
-            stage ^= 1;
+            parity ^= stage;
+            stage ^= 1, ++begun;
             has_room = true;
         }
 
@@ -604,6 +675,9 @@ attend_decode(const __grid_constant__ Call call)
                         stage == 0 ? -sum[t][e] : sum[t][e]);
             }
         }
+#ifdef TENSOR_COPIES
+        shared_to_async();  // keys are copied over them
+#endif
         __syncthreads();
         const int first_run = runs.x, num_runs = runs.y, head_idx = at.b * heads_a_sequence + at.head;
         const auto attention_of = [&](int i) {  // of element i of the queries, one after the other

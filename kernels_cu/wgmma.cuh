@@ -77,6 +77,16 @@ __device__ __forceinline__ void load_tile(void* tile, const TensorMap* map, Barr
                  : "memory");
 }
 
+// As load_tile, with a policy of L2.
+__device__ __forceinline__ void load_tile(void* tile, const TensorMap* map, Barrier* barrier, int column, int row,
+                                          unsigned long long policy) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1, {%3, %4}], "
+        "[%2], %5;" ::"r"(shared_address(tile)),
+        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "l"(policy)
+        : "memory");
+}
+
 // As load_tile, of a map whose rows come in another order (tensor_maps.py): row 8 j + 2 q + e of every 32 in the tile is row
 // 8 q + 2 j + e of the tensor's. Then 32 columns of a product give a thread 8 that follow each other: column_of<8>.
 __device__ __forceinline__ void load_quads(void* tile, const TensorMap* map, Barrier* barrier, int column, int row) {

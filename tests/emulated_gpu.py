@@ -73,6 +73,12 @@ INSTRUCTIONS = (
         "",
     ),
     (
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
+        "[%0], [%1, {%3, %4}], [%2], %5;",
+        "ptx_tensor_copy_hinted",
+        "",
+    ),
+    (
         "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes "
         "[%0], [%1, {%3, %5, %5, %5, %4}], [%2];",
         "ptx_quads_copy",
@@ -293,6 +299,8 @@ def kernel(name: str, macros: Macros, cluster: int = 1):
     if "__cluster_dims__" in source:
         cluster = int(dict(macros)["CLUSTER"])
     has_maps = re.search(r"const __grid_constant__ Maps\b", source) is not None
+    if "#ifdef TENSOR_COPIES" in source:
+        has_maps = "TENSOR_COPIES" in dict(macros)
     arguments = "*call, own" if has_maps else "*call"
     copy_maps = (
         '    if (bytes != sizeof(Maps)) return "tensor maps of another size";\n'

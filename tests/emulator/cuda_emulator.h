@@ -861,6 +861,10 @@ inline void ptx_tensor_copy(unsigned to, const void* map, unsigned barrier, int 
     tensor_copy_to(block->rank, to, map, barrier, column, row, by_quads);
 }
 
+inline void ptx_tensor_copy_hinted(unsigned to, const void* map, unsigned barrier, int column, int row, unsigned long long) {
+    ptx_tensor_copy(to, map, barrier, column, row);
+}
+
 // Of five dimensions: rows come in the order of column_of<8>, 32 by 32.
 inline void ptx_quads_copy(unsigned to, const void* map, unsigned barrier, int column, int rows_32, int zero) {
     if (zero) emulator::fail("a copy that begins within 32 rows");
