@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from kernel_helpers import pretend_gpu, write_sources
 
 import cupy_attn as ca
-from cupy_attn import cpu, cuda
+from cupy_attn import cpu, cuda, kernels
 
 # Maxima of |k_norm.weight| the tests are run at: the threshold, Qwen3-0.6B layers 1 and 0, and far beyond.
 K_NORM_MAXIMA = (20.0, 44.5, 96.5, 1000.0)
@@ -115,3 +116,23 @@ def small_blocks(monkeypatch):
                         ("ATTEND_KEYS", 8), ("DECODE_KEYS", 8), ("DECODE_ROWS", 2)):  # fmt: skip
         monkeypatch.setattr(cpu, name, value)
     monkeypatch.setattr(cpu, "workers", lambda: 2)
+
+
+@pytest.fixture
+def sources(tmp_path, monkeypatch):
+    """Return a folder of small sources that the package compiles instead of its own."""
+    folder = tmp_path / "kernels cu"  # a blank in the path, as in a user's folder
+    write_sources(folder)
+    monkeypatch.setattr(kernels, "SOURCES", folder)
+    kernels._kernel.cache_clear()
+    yield folder
+    kernels._kernel.cache_clear()
+
+
+@pytest.fixture
+def fake_gpu(tmp_path, monkeypatch, sources):
+    """Return what makes a GPU of a compute capability that is not there the current one; its cache is ``tmp/cache``."""
+    pytest.importorskip("cupy.cuda._compiler_cache", reason="the cache is replaceable from CuPy 14.1")
+    folder = tmp_path / "cache"
+    monkeypatch.setenv("CUPY_CACHE_DIR", str(folder))
+    return lambda capability="90": pretend_gpu(folder, capability, monkeypatch.setattr)

@@ -11,10 +11,9 @@ import time
 
 import numpy as np
 import pytest
-import test_kernels
 from click.testing import CliRunner
 from conftest import make_config, make_weights
-from test_kernels import HALF, MACROS
+from kernel_helpers import HALF, MACROS
 
 import cupy_attn as ca
 from cupy_attn import cli, cuda, doctor, io, kernels, warmup
@@ -24,13 +23,12 @@ from cupy_attn.weights import read_norms
 
 pytest.importorskip("cupy")
 
-sources, fake_gpu = test_kernels.sources, test_kernels.fake_gpu  # small kernels, and a GPU that is not there
 FLOAT16, BFLOAT16, FLOAT32 = (STORAGE_DTYPES[name] for name in ("float16", "bfloat16", "float32"))
 SUMMARY = r"Built (\d+) kernels in \d+\.\d s, (\d+) came from the cache(?:, (\d+) failed)?\."
 
 
 def settings(config, dtype, *, precise, windowed=False):
-    """Stand in for ``cuda.specialisations``: the kernel of test_kernels, one setting for each path."""
+    """Stand in for ``cuda.specialisations``: the kernel of kernel_helpers, one setting for each path."""
     storage = ("STORAGE", kernels.CUDA_NAMES[np.dtype(dtype).name])
     use = ("precise" if precise else "normal") + (" windowed" if windowed else "")
     return [("linear", (storage, ("USE", name))) for name in ("all", use)]
@@ -38,7 +36,7 @@ def settings(config, dtype, *, precise, windowed=False):
 
 @pytest.fixture
 def small_kernels(sources, monkeypatch):
-    """Let layers need the kernels of test_kernels."""
+    """Let layers need the kernels of kernel_helpers."""
     monkeypatch.setattr(cuda, "specialisations", settings)
 
 

@@ -22,6 +22,8 @@ from cupy_attn.demo import k_norm_weight
 DTYPES = ("float16", "bfloat16")
 SMALL = {"hidden_size": 512, "head_dim": 128, "rope_theta": 1e6, "max_position_embeddings": 4096}
 SMALL_WINDOW = 40
+# Heads and multiprocessors for which project_qkv_few and project_output_few take clusters of 2 and 3, 3 and 4, 4 and 6.
+CLUSTERS = (((2, 2), 12), ((2, 2), 18), ((6, 2), 27))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Small:
     keys. With ``num_sms`` the kernels are launched as for a GPU of so many multiprocessors: they take the tiles of long
     prompts, and one block goes through many of them. ``portable``: as for a GPU before Hopper. ``heads`` are query and
     KV heads; in decode 16 query heads of one KV head are two tiles. On a Hopper GPU the runs take every specialisation
-    that an import builds, clusters of one size standing for those of others (test_gpu_report.py).
+    that an import builds (test_gpu_report.py).
     """
 
     dtype: str
@@ -68,6 +70,12 @@ def small_runs() -> list[Small]:
         *(Small(*kind, calls=(2, 16, 1)) for kind in both),  # a few tokens a sequence
         *(Small(*kind, batch=12, calls=(3, 1), batch_invariant=True) for kind in crossed),
         *(Small(*kind, batch=64, calls=(1, 1), portable=portable) for kind in both for portable in (False, True)),
+        *(
+            Small(*kind, batch=batch, calls=(1,), heads=heads, num_sms=num_sms)
+            for kind in both
+            for batch in (12, 64)
+            for heads, num_sms in CLUSTERS
+        ),
         *(Small(*kind, calls=(70, 130, 1), window=SMALL_WINDOW) for kind in crossed),
         *(Small(*kind, calls=(70, 20), stages=True) for kind in crossed),
     ]
