@@ -71,6 +71,45 @@ def test_the_usual_cases_are_cases():
         chosen_cases("decode", ("9B:1:1",))
 
 
+def test_a_case_of_several_new_tokens_counts_what_each_sees():
+    case = Case("decode", "0.6B", 2, 100, new=4)
+    assert (case.seq, case.cached, case.bytes_moved) == (4, 96, Case("decode", "0.6B", 2, 100).bytes_moved)
+    steps = [Case("decode", "0.6B", 2, tokens) for tokens in range(97, 101)]
+    assert case.flop == sum(step.flop for step in steps)
+    assert Case("prefill", "0.6B", 2, 100).seq == 100
+
+
+@pytest.mark.parametrize("cls", [stacks.Ours, stacks.InAnyBatch])
+def test_a_stack_makes_layers_of_its_kind(monkeypatch, cls):
+    made = []
+
+    def attention(*_, batch_invariant):
+        made.append(batch_invariant)
+        raise InterruptedError
+
+    monkeypatch.setattr(stacks.Stack, "__init__", lambda *_: None)
+    monkeypatch.setattr(stacks, "layer_weights", lambda *_: None)
+    monkeypatch.setattr(ca, "Attention", attention)
+    with pytest.raises(InterruptedError):
+        cls(CASE, "float16", 1)
+    assert made == [cls is stacks.InAnyBatch]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--new", "4"], "are for times of --decode"),
+        (["--prefill", "--batch-invariant"], "are for times of --decode"),
+        (["--decode", "--new", "4", "--traffic"], "are for times of --decode"),
+        (["--decode", "--new", "9", "--case", "0.6B:1:8"], "a case has fewer than 9 tokens"),
+    ],
+)
+def test_what_decode_alone_can_be_asked_for(arguments, says):
+    result = CliRunner().invoke(bench_stack.main, arguments)
+    assert result.exit_code == 2
+    assert says in result.output
+
+
 def test_a_row_has_times_ratios_and_the_best_peer(measured):
     row = measured(ours=FakeStack(10.0), torch_eager=FakeStack(40.0), fa3=FakeStack(15.0, adds=1.02))
     assert (row["ours_us"], row["torch_eager_ratio"], row["fa3_ratio"]) == (10.0, 4.0, 1.5)

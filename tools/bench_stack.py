@@ -5,6 +5,8 @@ What a stack is and how it is timed: tools/stacks.py. Ours and the baselines mus
 with one kernel written by hand for each phase. tools/bench_peers.py has peers from other libraries.
 
     python tools/bench_stack.py --baseline [--decode] [--prefill] [--case MODEL:BATCH:TOKENS] [--json FILE] [--plot PNG]
+    python tools/bench_stack.py --decode --case 0.6B:1:4100 --new 4     4 tokens after 4,096, as in speculative decoding
+    python tools/bench_stack.py --decode --batch-invariant              what the same bits in any batch cost
     python tools/bench_stack.py --traffic [--json FILE]      bytes moved by a layer, from ncu
     python tools/bench_stack.py --profile MODEL:BATCH:TOKENS --decode --what ours    what ncu watches
 """
@@ -30,6 +32,7 @@ from stacks import (
     BASELINES,
     STACKS,
     Case,
+    InAnyBatch,
     Reads,
     ceilings,
     check_drawing,
@@ -49,6 +52,8 @@ TRAFFIC = {"prefill": ("0.6B:1:512", "0.6B:1:2048"), "decode": ("0.6B:1:1024",)}
 
 METRICS = {"dram__bytes.sum": "dram_bytes", "lts__t_bytes.sum": "l2_bytes"}
 NCU_LIMIT_S = 300
+TIMED = {**STACKS, "invariant": InAnyBatch}
+LABELS = {**BASELINES, "invariant": "batch-invariant"}  # of what is timed beside ours
 PROFILED: dict[str, Any] = {**STACKS, "read": Reads}
 PASSES = 3  # that ncu watches: what stays in L2 differs from one to the next
 UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12}
@@ -56,7 +61,7 @@ UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12}
 
 def measure(case: Case, dtype: str, names: list[str], replays: int, limits: dict[str, float]) -> dict[str, Any]:
     """Time one case; return its row."""
-    stacks = {name: STACKS[name](case, dtype, case.layers) for name in names}
+    stacks = {name: TIMED[name](case, dtype, case.layers) for name in names}
     for stack in stacks.values():
         stack.capture()
     times = take_turns(stacks, replays)
@@ -71,8 +76,8 @@ def measure(case: Case, dtype: str, names: list[str], replays: int, limits: dict
 
 
 def disagreements(row: dict[str, Any]) -> list[str]:
-    """Return a sentence for each baseline whose output is not ours."""
-    errors = {BASELINES[name]: row.get(f"{name}_relative_l2", 0.0) for name in BASELINES}
+    """Return a sentence for each other stack whose output is not ours."""
+    errors = {label: row.get(f"{name}_relative_l2", 0.0) for name, label in LABELS.items()}
     what = f"{row['kind']} {row['model']}:{row['batch']}:{row['tokens']}"
     return [f"{what}: relative L2 {error:.2g} between ours and {name}" for name, error in errors.items() if error > BAR]
 
@@ -83,7 +88,7 @@ def table(kind: str, rows: list[dict[str, Any]], limits: dict[str, float]) -> st
         "decode": ("tb_s", "TB/s", "read"),
         "prefill": ("tflop_s", "TFLOP/s", "matmul"),
     }[kind]
-    timed = {name: label for name, label in BASELINES.items() if any(f"{name}_us" in r for r in rows)}
+    timed = {name: label for name, label in LABELS.items() if any(f"{name}_us" in r for r in rows)}
     others = [cell for label in timed.values() for cell in (f"{label} us", "/ ours")]
     head = (kind, "layers", "ours us (median, min)", *others, "MB", name, f"% of {ceiling} ceiling", "floor us")
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
@@ -91,7 +96,8 @@ def table(kind: str, rows: list[dict[str, Any]], limits: dict[str, float]) -> st
         other = [cell for what in timed for cell in (f"{r[f'{what}_us']:.1f}", f"{r[f'{what}_ratio']:.2f}")]
         share = 100 * r[speed] / limits[f"{ceiling}_{speed}"]
         cells = (
-            f"{r['model']}, {r['batch']}, {r['tokens']}", str(r["layers"]), f"{r['ours_us']:.1f}, "
+            f"{r['model']}, {r['batch']}, {r['tokens']}" + (f", {new} new" if (new := r.get("new", 1)) > 1 else ""),
+            str(r["layers"]), f"{r['ours_us']:.1f}, "
             f"{r['ours_min_us']:.1f}", *other, f"{r['mb']:.0f}", f"{r[speed]:.3g}", f"{share:.0f}",
             f"{r['floor_us']:.1f}",
         )  # fmt: skip
@@ -207,6 +213,14 @@ def traffic_table(rows: list[dict[str, Any]]) -> str:
 @click.option("--case", "cases", multiple=True, metavar="MODEL:BATCH:TOKENS", help="Instead of the default cases.")
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
 @click.option("--baseline", is_flag=True, help="Time the layer as separate operations too, two ways.")
+@click.option("--batch-invariant", is_flag=True, help="Time the layer with batch_invariant=True too.")
+@click.option(
+    "--new",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Tokens that a decode call adds to each sequence, the last of TOKENS.",
+)
 @click.option("--replays", type=click.IntRange(min=15), default=21, show_default=True)
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write everything here too.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw decode's times and prefill's rates as a PNG.")
@@ -215,12 +229,15 @@ def traffic_table(rows: list[dict[str, Any]]) -> str:
 @click.option("--what", type=click.Choice(list(PROFILED)), default="ours", show_default=True, help="With --profile.")
 @click.option("--layers", type=click.IntRange(min=1), help="With --profile and --traffic; default: 256 MiB.")
 def main(
-    kinds: str | None, cases: tuple[str, ...], dtype: str, baseline: bool, replays: int, json_file: Path | None,
-    plot: Path | None, show_traffic: bool, profiled: str | None, what: str, layers: int | None,
+    kinds: str | None, cases: tuple[str, ...], dtype: str, baseline: bool, batch_invariant: bool, new: int,
+    replays: int, json_file: Path | None, plot: Path | None, show_traffic: bool, profiled: str | None, what: str,
+    layers: int | None,
 ) -> None:  # fmt: skip
     """Time stacks of layers, or count what they move; exit status 1 if ours and a baseline disagree."""
     if profiled and not kinds:
         raise click.UsageError("--profile needs --decode or --prefill.")
+    if (new > 1 or batch_invariant) and (kinds != "decode" or profiled or show_traffic or plot):
+        raise click.UsageError("--new and --batch-invariant are for times of --decode.")
     if plot:
         check_drawing(plot)
     defaults: dict[str, tuple[str, ...]] = TRAFFIC if show_traffic else {"decode": DECODE, "prefill": PREFILL}
@@ -229,6 +246,9 @@ def main(
         for kind in ([kinds] if kinds else defaults)
         for text in ((profiled,) if profiled else cases or defaults[kind])
     ]
+    if any(case.tokens < new for case in wanted):
+        raise click.UsageError(f"a case has fewer than {new} tokens.")
+    wanted = [dataclasses.replace(case, new=new) for case in wanted]
     check_gpu()
     if profiled:
         with cupy.cuda.Stream(non_blocking=True):
@@ -243,7 +263,8 @@ def main(
         click.echo(traffic_table(report["traffic"]))
     else:
         with cupy.cuda.Stream(non_blocking=True):
-            run_cases(report, wanted, dtype, stack_names(dtype) if baseline else ["ours"], replays)
+            names = stack_names(dtype) if baseline else ["ours"]
+            run_cases(report, wanted, dtype, [*names, *(["invariant"] if batch_invariant else [])], replays)
     if json_file:
         json_file.write_text(json.dumps(report, indent=1) + "\n")
     if plot and "rows" in report:

@@ -67,12 +67,16 @@ extern "C" __global__ void read_all(const uint4* data, long long vectors, unsign
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """One measurement: ``tokens`` are in the cache after the call; decode adds the last of them, prefill all."""
+    """One measurement: ``tokens`` are in the cache after the call; decode adds the last ``new`` of them, prefill all.
+
+    MODEL:BATCH:TOKENS says nothing of ``new``.
+    """
 
     kind: str
     model: str
     batch: int
     tokens: int
+    new: int = 1
 
     @classmethod
     def parse(cls, kind: str, text: str) -> Case:
@@ -95,7 +99,7 @@ class Case:
     @property
     def seq(self) -> int:
         """New tokens of a sequence."""
-        return 1 if self.kind == "decode" else self.tokens
+        return self.new if self.kind == "decode" else self.tokens
 
     @property
     def cached(self) -> int:
@@ -227,11 +231,15 @@ class Stack:
 class Ours(Stack):
     """:class:`cupy_attn.Attention`."""
 
+    batch_invariant = False
+
     def __init__(self, case: Case, dtype: str, layers: int) -> None:
         super().__init__(case, dtype, layers)
         self._layers = [
-            ca.Attention(case.config, layer_weights(case.model, dtype, i), dtype, "cuda") for i in range(layers)
-        ]
+            ca.Attention(case.config, layer_weights(case.model, dtype, i), dtype, "cuda",
+                         batch_invariant=self.batch_invariant)
+            for i in range(layers)
+        ]  # fmt: skip
         self._caches = [layer.new_cache(case.batch, case.tokens + ROOM) for layer in self._layers]
         for i, cache in enumerate(self._caches if case.cached else ()):
             for target, tokens in zip((cache.k, cache.v), self.earlier_tokens(i), strict=True):
@@ -246,6 +254,12 @@ class Ours(Stack):
         """Run every layer once."""
         for layer, cache, x, y in zip(self._layers, self._caches, self.hidden, self.hidden[1:], strict=False):
             layer(x, cache, residual=x, out=y)
+
+
+class InAnyBatch(Ours):
+    """The same with the same bits in any batch."""
+
+    batch_invariant = True
 
 
 class Separate(Stack):
