@@ -96,8 +96,9 @@ class Launch:
     """One kernel of a call.
 
     ``overlaps``: it may begin before the one ahead of it has ended (launcher.py). ``cluster``: of how many blocks those
-    clusters are that go on until all work is done; the grid is then cut to what the GPU holds at a time. ``boxes``: the
-    arrays that it copies through tensor maps, in the order of its ``struct Maps``, and the rows of one copy.
+    clusters are that go on until all work is done; the grid is then cut to what the GPU holds at a time. ``splits``: of
+    how many those are whose size the source leaves to the launch. ``boxes``: the arrays that it copies through tensor
+    maps, in the order of its ``struct Maps``, and the rows of one copy.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Launch:
     smem_bytes: int
     overlaps: bool = False
     cluster: int = 1
+    splits: int = 1
     boxes: tuple[tuple[str, int], ...] = ()
 
 
@@ -291,10 +293,11 @@ def _few(name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size
         (n for n in range(1, MAX_SPLITS + 1) if n == 1 or (n <= chunks and tiles * n <= 3 * limits.num_sms)),
         key=lambda n: (-(-tiles * n // limits.num_sms) / n, abs(tiles * n - 2 * limits.num_sms)),
     )
-    cluster = splits if limits.wgmma else 1  # on Hopper: where they were measured
-    macros = macros_of(shape, GROUPS=groups, CLUSTER=cluster)
+    in_clusters = limits.wgmma and splits > 1  # on Hopper: where they were measured
+    macros = macros_of(shape, GROUPS=groups, CLUSTERS=in_clusters and 1)
     smem = FEW_STAGES * parts * 8 * groups * FEW_CHUNK * 2
-    return Launch(name, macros, tiles * splits * -(-tokens // (8 * groups)), FEW_THREADS, smem, overlaps=True)
+    return Launch(name, macros, tiles * splits * -(-tokens // (8 * groups)), FEW_THREADS, smem, overlaps=True,
+                  splits=splits if in_clusters else 1)  # fmt: skip
 
 
 def _row_bytes(config: AttentionConfig) -> int:
@@ -312,8 +315,8 @@ def project_qkv_few(config: AttentionConfig, shape: Shape, limits: Limits, token
     rows = config.q_size + 2 * config.kv_size
     one = _few("project_qkv_few", shape, limits, tokens, rows, config.hidden_size, HIDDEN_PARTS)
     # A block to normalise each token; whole clusters of them.
-    smem, cluster = max(one.smem_bytes, _row_bytes(config)), int(dict(one.macros)["CLUSTER"])
-    return dataclasses.replace(one, grid=-(-tokens // cluster) * cluster + one.grid, smem_bytes=smem)
+    smem = max(one.smem_bytes, _row_bytes(config))
+    return dataclasses.replace(one, grid=-(-tokens // one.splits) * one.splits + one.grid, smem_bytes=smem)
 
 
 def project_output_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: int) -> Launch:
@@ -323,7 +326,7 @@ def project_output_few(config: AttentionConfig, shape: Shape, limits: Limits, to
 
 def few_floats(one: Launch) -> int:
     """Return the floats that blocks of ``project_*_few.cu`` leave for each other in memory."""
-    return 0 if dict(one.macros)["CLUSTER"] != "1" else one.grid * FEW_ROWS * 8 * int(dict(one.macros)["GROUPS"])
+    return 0 if one.splits > 1 else one.grid * FEW_ROWS * 8 * int(dict(one.macros)["GROUPS"])
 
 
 def few_counters(one: Launch) -> int:

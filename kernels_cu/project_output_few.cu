@@ -5,7 +5,7 @@
 // GROUPS x 64 halves. -D: those of gemm_few.cuh. Memory bound: one read of Wo, some of it before the kernel ahead has ended.
 #include "gemm_few.cuh"
 
-extern "C" __global__ void FEW_CLUSTER __launch_bounds__(few::THREADS, 3)
+extern "C" __global__ void __launch_bounds__(few::THREADS, 3)
 project_output_few(const __grid_constant__ Call call)
 {
     extern __shared__ __align__(128) __half smem[];
