@@ -14,6 +14,7 @@ from .kernels import CUDA_NAMES, Macros
 
 MAX_HEAD_DIM = 256
 DECODE_VECTORS = 8  # gemv.cuh: tokens that share one read of the weights
+NORMALISED_ONCE = 4  # decode_project.cu: halves of more would leave attend_decode.cu no room beside them
 GEMV_THREADS = 256
 FEW_ROWS, FEW_THREADS, FEW_CHUNK, FEW_STAGES, MAX_SPLITS = 64, 128, 64, 4, 8  # gemm_few.cuh
 MAX_FEW = 256  # tokens: for more than that, tiles of a matrix product read the weights less often
@@ -267,11 +268,13 @@ def _gemv_tiles(sizes: tuple[int, ...], rows: int, limits: Limits) -> int:
 def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
     """Launch of ``decode_project.cu``, or None for more tokens than it takes."""
     size, rows = config.hidden_size, config.q_size + 2 * config.kv_size
-    smem = -(-size // 32) * 32 * 4 + batch * (-(-size // 64) * 64 + 32) * 2
-    if batch > DECODE_VECTORS or smem + GEMV_STATIC_SMEM > limits.block_smem:
+    norm, rows_of_x = -(-size // 32) * 32 * 4, batch * (-(-size // 64) * 64 + 32) * 2
+    if batch > DECODE_VECTORS or norm + rows_of_x + GEMV_STATIC_SMEM > limits.block_smem:
         return None
+    once = batch <= NORMALISED_ONCE and norm + 2 * rows_of_x + GEMV_STATIC_SMEM <= limits.block_smem
+    smem = norm + rows_of_x * (2 if once else 1)
     tiles = _gemv_tiles((4, 3, 2), rows, limits)
-    macros = macros_of(plain(shape), TILES=tiles)
+    macros = macros_of(plain(shape), TILES=tiles, NORMALISE_ONCE=once and 1)
     return Launch("decode_project", macros, -(-rows // (8 * tiles)) + 1, GEMV_THREADS, smem, overlaps=True)
 
 

@@ -10,7 +10,7 @@ __device__ __forceinline__ int rank_in_cluster() {
 
 __device__ __forceinline__ int blocks_of_cluster() {
     int blocks;
-    asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));
+    asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));  // read again where it is named again, not kept
     return blocks;
 }
 

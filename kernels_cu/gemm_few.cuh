@@ -163,7 +163,7 @@ __device__ __forceinline__ void add_up(const Place& at, Sums& sums, void* smem, 
                                        Prepare prepare, Finish finish) {
     using More = decltype(prepare(0));
     if constexpr (IN_CLUSTERS) {
-        const int rank = at.split;
+        const int rank = at.split, splits = blocks_of_cluster();
         float4* const own = static_cast<float4*>(smem) + threadIdx.x;
         More more = prepare(min(rank, GROUPS - 1));
         __syncthreads();  // nobody reads tokens any more
@@ -171,20 +171,20 @@ __device__ __forceinline__ void add_up(const Place& at, Sums& sums, void* smem, 
         for (int g = 0; g < GROUPS; ++g) own[g * THREADS] = make_float4(sums[g][0], sums[g][1], sums[g][2], sums[g][3]);
         cluster_sync();
 #pragma unroll 1
-        for (int g = rank; g < GROUPS; g += at.splits) {
+        for (int g = rank; g < GROUPS; g += splits) {
             float4 found[MOST_SPLITS];
 #pragma unroll
             for (int other = 0; other < MOST_SPLITS; ++other)  // all of them under way; the last ones again, but not added
-                found[other] = load_from(address_in(min(other, at.splits - 1), own + g * THREADS));
+                found[other] = load_from(address_in(min(other, splits - 1), own + g * THREADS));
             float total[4] = {};
 #pragma unroll
             for (int other = 0; other < MOST_SPLITS; ++other) {
-                if (other >= at.splits) break;
+                if (other >= splits) break;
                 total[0] += found[other].x, total[1] += found[other].y;
                 total[2] += found[other].z, total[3] += found[other].w;
             }
             finish(g, total, more);
-            if (g + at.splits < GROUPS) more = prepare(g + at.splits);
+            if (g + splits < GROUPS) more = prepare(g + splits);
         }
         cluster_meet();  // nobody reads this block's sums any more
         return;
