@@ -33,7 +33,7 @@ PREFILL_STAGES = (
     "input_norm", "q", "k", "v", "q_norm", "k_norm", "q_rope", "k_rope", "row_max", "lse", "attention", "output",
 )  # fmt: skip
 # Sequences and tokens of each for which decode kernels are listed: most kinds.
-DECODES = ((1, 1), (12, 1), (64, 1), (1, 2), (1, 16))
+DECODES = ((1, 1), (8, 1), (12, 1), (64, 1), (1, 2), (1, 16))
 # Fields of the call that a tensor map is made of.
 MAPPED = (
     "hidden", "qkv_proj", "q", "k", "v", "v_cache", "attention", "o_proj", "batch", "seq", "capacity",

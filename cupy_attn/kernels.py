@@ -71,7 +71,7 @@ def runs_wgmma(arch: str) -> bool:
 
 def compiles_for(name: str, macros: Macros, arch: str) -> bool:
     """Return whether a specialisation is for an architecture: those with wgmma or clusters are for one."""
-    return runs_wgmma(arch) or not (name.endswith("_wgmma") or dict(macros).get("CLUSTER", "1") != "1")
+    return runs_wgmma(arch) or not (name.endswith("_wgmma") or "CLUSTERS" in dict(macros))
 
 
 def kernel(name: str, macros: Macros) -> Any:

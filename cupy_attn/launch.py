@@ -14,6 +14,7 @@ from .kernels import CUDA_NAMES, Macros
 
 MAX_HEAD_DIM = 256
 DECODE_VECTORS = 8  # gemv.cuh: tokens that share one read of the weights
+NORMALISED_ONCE = 4  # decode_project.cu: halves of more would leave attend_decode.cu no room beside them
 GEMV_THREADS = 256
 FEW_ROWS, FEW_THREADS, FEW_CHUNK, FEW_STAGES, MAX_SPLITS = 64, 128, 64, 4, 8  # gemm_few.cuh
 MAX_FEW = 256  # tokens: for more than that, tiles of a matrix product read the weights less often
@@ -96,8 +97,9 @@ class Launch:
     """One kernel of a call.
 
     ``overlaps``: it may begin before the one ahead of it has ended (launcher.py). ``cluster``: of how many blocks those
-    clusters are that go on until all work is done; the grid is then cut to what the GPU holds at a time. ``boxes``: the
-    arrays that it copies through tensor maps, in the order of its ``struct Maps``, and the rows of one copy.
+    clusters are that go on until all work is done; the grid is then cut to what the GPU holds at a time. ``splits``: of
+    how many those are whose size the source leaves to the launch. ``boxes``: the arrays that it copies through tensor
+    maps, in the order of its ``struct Maps``, and the rows of one copy.
     """
 
     name: str
@@ -107,6 +109,7 @@ class Launch:
     smem_bytes: int
     overlaps: bool = False
     cluster: int = 1
+    splits: int = 1
     boxes: tuple[tuple[str, int], ...] = ()
 
 
@@ -265,11 +268,13 @@ def _gemv_tiles(sizes: tuple[int, ...], rows: int, limits: Limits) -> int:
 def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
     """Launch of ``decode_project.cu``, or None for more tokens than it takes."""
     size, rows = config.hidden_size, config.q_size + 2 * config.kv_size
-    smem = -(-size // 32) * 32 * 4 + batch * (-(-size // 64) * 64 + 32) * 2
-    if batch > DECODE_VECTORS or smem + GEMV_STATIC_SMEM > limits.block_smem:
+    norm, rows_of_x = -(-size // 32) * 32 * 4, batch * (-(-size // 64) * 64 + 32) * 2
+    if batch > DECODE_VECTORS or norm + rows_of_x + GEMV_STATIC_SMEM > limits.block_smem:
         return None
+    once = batch <= NORMALISED_ONCE and norm + 2 * rows_of_x + GEMV_STATIC_SMEM <= limits.block_smem
+    smem = norm + rows_of_x * (2 if once else 1)
     tiles = _gemv_tiles((4, 3, 2), rows, limits)
-    macros = macros_of(plain(shape), TILES=tiles)
+    macros = macros_of(plain(shape), TILES=tiles, NORMALISE_ONCE=once and 1)
     return Launch("decode_project", macros, -(-rows // (8 * tiles)) + 1, GEMV_THREADS, smem, overlaps=True)
 
 
@@ -291,10 +296,11 @@ def _few(name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size
         (n for n in range(1, MAX_SPLITS + 1) if n == 1 or (n <= chunks and tiles * n <= 3 * limits.num_sms)),
         key=lambda n: (-(-tiles * n // limits.num_sms) / n, abs(tiles * n - 2 * limits.num_sms)),
     )
-    cluster = splits if limits.wgmma else 1  # on Hopper: where they were measured
-    macros = macros_of(shape, GROUPS=groups, CLUSTER=cluster)
+    in_clusters = limits.wgmma and splits > 1  # on Hopper: where they were measured
+    macros = macros_of(shape, GROUPS=groups, CLUSTERS=in_clusters and 1)
     smem = FEW_STAGES * parts * 8 * groups * FEW_CHUNK * 2
-    return Launch(name, macros, tiles * splits * -(-tokens // (8 * groups)), FEW_THREADS, smem, overlaps=True)
+    return Launch(name, macros, tiles * splits * -(-tokens // (8 * groups)), FEW_THREADS, smem, overlaps=True,
+                  splits=splits if in_clusters else 1)  # fmt: skip
 
 
 def _row_bytes(config: AttentionConfig) -> int:
@@ -312,8 +318,8 @@ def project_qkv_few(config: AttentionConfig, shape: Shape, limits: Limits, token
     rows = config.q_size + 2 * config.kv_size
     one = _few("project_qkv_few", shape, limits, tokens, rows, config.hidden_size, HIDDEN_PARTS)
     # A block to normalise each token; whole clusters of them.
-    smem, cluster = max(one.smem_bytes, _row_bytes(config)), int(dict(one.macros)["CLUSTER"])
-    return dataclasses.replace(one, grid=-(-tokens // cluster) * cluster + one.grid, smem_bytes=smem)
+    smem = max(one.smem_bytes, _row_bytes(config))
+    return dataclasses.replace(one, grid=-(-tokens // one.splits) * one.splits + one.grid, smem_bytes=smem)
 
 
 def project_output_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: int) -> Launch:
@@ -323,7 +329,7 @@ def project_output_few(config: AttentionConfig, shape: Shape, limits: Limits, to
 
 def few_floats(one: Launch) -> int:
     """Return the floats that blocks of ``project_*_few.cu`` leave for each other in memory."""
-    return 0 if dict(one.macros)["CLUSTER"] != "1" else one.grid * FEW_ROWS * 8 * int(dict(one.macros)["GROUPS"])
+    return 0 if one.splits > 1 else one.grid * FEW_ROWS * 8 * int(dict(one.macros)["GROUPS"])
 
 
 def few_counters(one: Launch) -> int:

@@ -13,14 +13,19 @@ from . import kernels
 from .errors import DeviceError
 from .launch import Launch
 
-# cuda.h (CUDA 12 and 13): CUlaunchConfig, CUlaunchAttribute and one attribute's id.
-_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+# cuda.h (CUDA 12 and 13): CUlaunchConfig, CUlaunchAttribute and the ids of two attributes.
+_CLUSTER_DIMENSION, _PROGRAMMATIC_STREAM_SERIALIZATION = 4, 6
 INVALID_CONTEXT = 201  # CUDA_ERROR_INVALID_CONTEXT: what a thread gets that CUDA has not met
 OVERLAPPING_CAPABILITY = 90
 
 
 class _Attribute(ctypes.Structure):
-    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("pad", ctypes.c_char * 4),
+        ("value", ctypes.c_uint * 3),
+        ("rest", ctypes.c_char * 52),
+    )
 
 
 class _Config(ctypes.Structure):
@@ -77,7 +82,10 @@ class Launcher:
         self._overlaps = launch.overlaps and int(cupy.cuda.Device().compute_capability) >= OVERLAPPING_CAPABILITY
         if self._overlaps:  # a multiprocessor divides its memory anew only once it is empty: all must want the same
             self._kernel.preferred_shared_memory_carveout = 100
-        self._attribute = _Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=1)
+        attributes = [_Attribute(id=_PROGRAMMATIC_STREAM_SERIALIZATION, value=(1, 0, 0))] if self._overlaps else []
+        if launch.splits > 1:
+            attributes.append(_Attribute(id=_CLUSTER_DIMENSION, value=(launch.splits, 1, 1)))
+        self._attributes = (_Attribute * len(attributes))(*attributes)
         self._function = ctypes.c_void_p(self._kernel.kernel.ptr)
         self._cuda_launch = _driver().cuLaunchKernelEx
         self._grid = launch.grid if launch.cluster == 1 else min(launch.grid, self._most_clusters() * launch.cluster)
@@ -85,7 +93,7 @@ class Launcher:
     def _config(self, stream: int) -> _Config:
         launch = self._launch
         return _Config((launch.grid, 1, 1), (launch.threads, 1, 1), launch.smem_bytes, stream,
-                       ctypes.pointer(self._attribute), int(self._overlaps))  # fmt: skip
+                       self._attributes, len(self._attributes))  # fmt: skip
 
     def _most_clusters(self) -> int:
         """Return how many clusters the GPU holds at a time; more would wait for those to end."""

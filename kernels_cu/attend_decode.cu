@@ -9,75 +9,28 @@
 // head's end.
 //
 // Everything but the new tokens is in the cache when this kernel begins (decode_project.cu sees to that), so it looks up
-// its run and copies its first tiles before it waits for q, k and v.
+// its run and copies its first tile before it waits for q, k and v.
 //
 // Rotations only matter relative to each other: the query is rotated by its distance from a tile's first key, and the keys
 // by 0, 1, ... 15: angles that are the same for every tile and every call, so they come as a table, k_norm in them. A tile
 // whose positions have gaps and span more takes a pass for every 16 positions.
 //
-// Grid: a block a multiprocessor; block 32 WARPS threads. Shared memory: see Shared below. -D: those of call.cuh,
+// Grid: a block a multiprocessor; block 32 WARPS threads. Shared memory: Shared in decode_shared.cuh. -D: those of call.cuh,
 // HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT (shares.cuh). Memory bound: one read of K and
 // V. Next come the instructions that make k', so scores are k' q'^T and sums v^T p^T: keys and dims are the rows of
 // products, queries, of which there are few, the columns. Even squares of keys are products: the diagonal of k k^T.
+#include "decode_sums.cuh"
 #include "reduce.cuh"
 #include "rope.cuh"
-#include "shares.cuh"
 #include "storage.cuh"
 
-constexpr int THREADS = 32 * WARPS;
 // A thread of decode_project.cu has 88: both kernels fit a multiprocessor, and this one begins before that ends.
 // More than 8 warps are 3 to a quarter of a multiprocessor, which has registers for 168 of each of their threads.
 constexpr bool SHORT_OF_REGISTERS = OVERLAPPING && (WARPS > 8 || (HEAD_DIM <= 128 && HEAD_TILES == 1 && IS_ONE));
 constexpr int MOST_REGISTERS = SHORT_OF_REGISTERS ? 168 : 255;
-constexpr int STAGES = 2;             // tiles of a warp's ring
-constexpr int STRIDE = HEAD_DIM + 8;  // of q': an odd number of 16-byte pieces, so that ldmatrix meets no bank twice
-constexpr bool SWIZZLED = HEAD_DIM % 64 == 0;
-constexpr int KV_STRIDE = SWIZZLED ? HEAD_DIM : STRIDE;
-constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int D_BLOCKS = HEAD_DIM / 8;
 constexpr int HALF_BLOCKS = HEAD_DIM / 16;
-constexpr int PAIRS = HEAD_DIM / 2;
-constexpr int PART = ROWS * (HEAD_DIM + 2);  // floats of what one block found for a head: weighted v, then `found` by row
-constexpr float MOST = 8.0f;                 // base-2 logarithm of the largest weight: in float16 there is room for 15
-
-struct alignas(16) Tile {
-    STORAGE k[TILE * KV_STRIDE], v[TILE * KV_STRIDE];
-};
-
-// Where 16 bytes of a row of k or v lie in a tile: padded rows, or no room lost and pieces mixed up within their row.
-__device__ __forceinline__ int place_of(int row, int piece) {
-    return row * KV_STRIDE + (SWIZZLED ? piece ^ (row & 7) : piece) * 8;
-}
-
-// The same 16 bytes of an address, `piece` more of them on in its row, where place_of comes down to an exclusive or.
-constexpr bool IS_XOR = HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256;
-
-__device__ __forceinline__ unsigned further_address(unsigned address, int piece) { return address ^ piece * 16; }
-
-struct alignas(16) Shared {
-    Tile ring[WARPS][STAGES];
-#ifdef FLOAT32_ANGLES
-    float k_norm[HEAD_DIM];
-#else
-    float4 turn[TILE * PAIRS];                 // call.k_turns
-#endif
-    __half q[WARPS][PARTS][ROWS * STRIDE];     // q' for a warp's tile
-    float q_norm[ROWS * HEAD_DIM];             // normalised queries, not rotated
-    uint2 frequency[PAIRS];
-    int positions[WARPS][STAGES][TILE];        // of the keys in the ring, but for new tokens
-    float2 found[WARPS][ROWS];                 // of a warp's tiles: what scores are relative to, sum of weights
-};
-
-// Where the factors of (offset, pair) lie in call.k_turns, w_low cos, w_high sin, w_high cos, w_low sin: two keys next to
-// each other take a thread's two pairs in opposite order, so that reads of eight lanes meet no bank twice.
-__device__ __forceinline__ int turn_index(int offset, int pair) { return offset * PAIRS + (pair ^ (offset & 1)); }
-
-constexpr int SUM_STRIDE = SWIZZLED ? HEAD_DIM : HEAD_DIM + 4;
-
-// Where a row's dim lies among a warp's sums, which take the place of the tile it is done with.
-__device__ __forceinline__ int sum_index(int row, int d) {
-    return row * SUM_STRIDE + (SWIZZLED ? d ^ (row / 2 % 4 * 8) : d);
-}
+constexpr float MOST = 8.0f;  // base-2 logarithm of the largest weight: in float16 there is room for 15
 
 // A value the compiler takes to be unknown until here.
 __device__ __forceinline__ int work_out_here(int value) {
@@ -172,26 +125,29 @@ attend_decode(const __grid_constant__ Call call)
         }
     };
     const auto has_new_tokens = [](const Cursor& to) { return to.past - to.slot < TILE; };
+    int new_at = -1;  // position of the sequence's last new token
     // Append the new tokens that belong to the tile to the cache and to the tile.
-    const auto append = [&](const Cursor& to, int stage, bool is_v) {
+    const auto append = [&](const Cursor& to, int stage) {
         if (!has_new_tokens(to)) return;
         // Few tiles come this far: no part of it is to be worked out ahead of that.
         const int past = work_out_here(to.past), kv_head_idx = work_out_here(to.kv_head_idx);
-        const int position = new_position(call, to.b, past, to.count - 1);
-        const bool keep = to.first_row == 0 && position < call.max_position;  // one block of a group does
-        STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
-        STORAGE* const cached = (is_v ? call.v_cache : call.k_cache) +
-                                (static_cast<long long>(to.b) * call.num_kv_heads + kv_head_idx) * call.capacity * HEAD_DIM;
+        const int position = to.b == at.b ? new_at : new_position(call, to.b, past, to.count - 1);
         const int end = IS_ONE ? past + 1 : min(past + to.count, to.slot + TILE);
 #pragma unroll 1
         for (int slot = IS_ONE ? past : max(past, to.slot); slot < end; ++slot) {
-            const float* source = qkv_of(to.b, slot - past) +
-                                  (call.num_q_heads + (is_v ? call.num_kv_heads : 0) + kv_head_idx) * HEAD_DIM;
-            for (int piece = lane; piece < PIECES; piece += 32) {
+#pragma unroll 1
+            for (int i = lane; i < 2 * PIECES; i += 32) {
+                const bool is_v = i >= PIECES;
+                const int d = (is_v ? i - PIECES : i) * VECTOR;
                 float values[VECTOR];
-                load8(source + piece * 8, values);
-                store8(target + place_of(slot - to.slot, piece), values);
-                if (keep) store8(cached + static_cast<long long>(slot) * HEAD_DIM + piece * 8, values);
+                load8(qkv_of(to.b, slot - past) +
+                          (call.num_q_heads + (is_v ? call.num_kv_heads : 0) + kv_head_idx) * HEAD_DIM + d, values);
+                STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
+                store8(target + place_of(slot - to.slot, d / VECTOR), values);
+                STORAGE* const cached = is_v ? call.v_cache : call.k_cache;
+                const long long row = (static_cast<long long>(to.b) * call.num_kv_heads + kv_head_idx) * call.capacity + slot;
+                // One block of a group appends, and none what the last kernel calls a fault.
+                if (to.first_row == 0 && position < call.max_position) store8(cached + row * HEAD_DIM + d, values);
             }
             if (IS_ONE) break;
         }
@@ -202,39 +158,33 @@ attend_decode(const __grid_constant__ Call call)
         return is_there;
     };
 
-    // The last new token's position, as soon as its load has ended, which nothing may wait for before that.
+    // Its load is waited for by nothing before that of q.
     const bool counts_on = call.positions == nullptr;
-    int new_at = -1;
     if (!counts_on || at.past > 0)
         new_at = __ldcg(counts_on ? positions_of(call, at.b) + at.past - 1 : call.positions + at.b * call.seq + at.count - 1);
 
-    // Fill the ring. New tokens come from the kernel before this one.
-    Cursor ahead = at;
-    bool more = true, lacks_new = false;
+    // The first tile of the ring. More of them would be in the way of the last stores of the kernel before this one, which
+    // stand in line behind copies of the same multiprocessor, and new tokens come from there.
+    Cursor own_first = at;
+    const bool has_own = find_tile(own_first);
 #pragma unroll 1
-    for (int i = 0;; ++i) {
-        more = more && find_tile(ahead);
-        if (i == STAGES) break;
-        lacks_new = lacks_new || (more && has_new_tokens(ahead));
-#pragma unroll 1
-        for (int is_v = 0; is_v < 2; ++is_v) {
-            if (more) copy(ahead, i, is_v);
-            copies_commit();
-        }
-        if (more) go_on(ahead);
+    for (int is_v = 0; is_v < 2; ++is_v) {
+        if (has_own) copy(own_first, 0, is_v);
+        copies_commit();
     }
+    Cursor ahead = own_first;
+    if (has_own) go_on(ahead);
+    bool more = has_own && find_tile(ahead);
+    const auto find_runs = [&](const Cursor& to) {
+        if (threadIdx.x > 0) return;
+        runs.x = BY_PIECES ? to.begin : to.begin / shares.size;
+        runs.y = BY_PIECES ? to.width : (to.begin + to.width - 1) / shares.size - runs.x + 1;
+    };
+    find_runs(at);
     clear_queries(shared);
     wait_for_previous_kernel();
     if (counts_on) new_at += at.count;
-    if (lacks_new) {
-        Cursor to = at;
-#pragma unroll 1
-        for (int i = 0; i < STAGES && find_tile(to); ++i) {
-#pragma unroll 1
-            for (int is_v = 0; is_v < 2; ++is_v) append(to, i, is_v);
-            go_on(to);
-        }
-    }
+    if (has_own) append(own_first, 0);
 
     // Normalise the queries of a head, a warp to a row; and rotate those of earlier tokens as if they stood where the
     // last does, distances being positive; or, where angles must be those of transformers, each to its own place.
@@ -243,18 +193,23 @@ attend_decode(const __grid_constant__ Call call)
         for (int r = warp; r < ROWS; r += WARPS) {  // zeros past the last
             const int query = to.first_row + r, token = IS_ONE ? 0 : query / group;
             const float* const q = qkv_of(to.b, token) + (to.kv_head_idx * group + query - token * group) * HEAD_DIM;
-            float values[(HEAD_DIM + 31) / 32], sum_squares = 0.0f;
+            float4 values[(HEAD_DIM + 127) / 128];
+            float sum_squares = 0.0f;
 #pragma unroll
-            for (int i = 0; i < (HEAD_DIM + 31) / 32; ++i) {
-                const int d = lane + 32 * i;
-                values[i] = r < rows && d < HEAD_DIM ? q[d] : 0.0f;
-                sum_squares += values[i] * values[i];
+            for (int i = 0; i < (HEAD_DIM + 127) / 128; ++i) {
+                const int d = 4 * lane + 128 * i;
+                values[i] = r < rows && d < HEAD_DIM ? *reinterpret_cast<const float4*>(q + d) : make_float4(0, 0, 0, 0);
+                const float4 v = values[i];
+                sum_squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
             }
             const float rstd = rsqrtf(warp_sum(sum_squares) * (1.0f / HEAD_DIM) + call.eps);
 #pragma unroll
-            for (int i = 0; i < (HEAD_DIM + 31) / 32; ++i) {
-                const int d = lane + 32 * i;
-                if (d < HEAD_DIM) shared.q_norm[r * HEAD_DIM + d] = values[i] * rstd * call.q_norm[d];
+            for (int i = 0; i < (HEAD_DIM + 127) / 128; ++i) {
+                const int d = 4 * lane + 128 * i;
+                if (d >= HEAD_DIM) break;
+                const float4 v = values[i], weight = *reinterpret_cast<const float4*>(call.q_norm + d);
+                *reinterpret_cast<float4*>(shared.q_norm + r * HEAD_DIM + d) = make_float4(
+                    v.x * rstd * weight.x, v.y * rstd * weight.y, v.z * rstd * weight.z, v.w * rstd * weight.w);
             }
             if (!IS_ONE && token < to.count) {
                 __syncwarp();
@@ -276,13 +231,12 @@ attend_decode(const __grid_constant__ Call call)
         }
     };
     normalise_queries(at);
-    copies_wait<2 * STAGES>();  // of all groups but the ring's
+    copies_wait<2>();  // for all but the tile
     let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
     __syncthreads();
 
     int stage = 0;
-    bool has_room = false;    // in the ring, for another tile
-    bool is_k_ahead = false;  // the k of that tile has been asked for
+    bool is_k_ahead = false;  // the k of the next tile has been asked for
     while (true) {
         const int rows = min(ROWS, queries - at.first_row);
 
@@ -316,11 +270,6 @@ attend_decode(const __grid_constant__ Call call)
             }
         };
 
-        if (threadIdx.x == 0) {
-            runs.x = BY_PIECES ? at.begin : at.begin / shares.size;
-            runs.y = BY_PIECES ? at.width : (at.begin + at.width - 1) / shares.size - runs.x + 1;
-        }
-
         float out[HEAD_TILES][D_BLOCKS / 2][4];  // [.][16 dims]: dims l / 4 and 8 more, heads 2 (l % 4) + {0, 1}
 #pragma unroll
         for (int t = 0; t < HEAD_TILES; ++t)
@@ -351,16 +300,14 @@ attend_decode(const __grid_constant__ Call call)
         const bool has_tiles = at.slot < at.end;
 #pragma unroll 1
         while (at.slot < at.end) {
-            if (has_room) {
 #pragma unroll 1
-                for (int is_v = is_k_ahead; is_v < 2; ++is_v) {
-                    if (more) copy(ahead, stage ^ 1, is_v), append(ahead, stage ^ 1, is_v);
-                    copies_commit();
-                }
-                is_k_ahead = false;
-                if (more) go_on(ahead);
-                more = more && find_tile(ahead);
+            for (int is_v = is_k_ahead; is_v < 2; ++is_v) {
+                if (more) copy(ahead, stage ^ 1, is_v);
+                copies_commit();
             }
+            is_k_ahead = false;
+            if (more) append(ahead, stage ^ 1), go_on(ahead);
+            more = more && find_tile(ahead);
             copies_wait<3>();  // k of this tile; v and the next tile's k and v may be on their way
             __syncwarp();
             const STORAGE* const k_smem = shared.ring[warp][stage].k;
@@ -424,7 +371,7 @@ attend_decode(const __grid_constant__ Call call)
 #endif
                 __syncwarp();
                 if (at.slot + WARPS * TILE < at.end && !is_k_ahead) {  // the last tile makes room for what the warp found
-                    if (more) copy(ahead, stage, false), append(ahead, stage, false);
+                    if (more) copy(ahead, stage, false);
                     copies_commit();
                     is_k_ahead = true;
                 }
@@ -577,7 +524,6 @@ attend_decode(const __grid_constant__ Call call)
             __syncwarp();  // all lanes have read the tile
             at.slot += WARPS * TILE;
             stage ^= 1;
-            has_room = true;
         }
 
         // What the warps found, where their last tiles were; then what the block found.
@@ -612,39 +558,25 @@ attend_decode(const __grid_constant__ Call call)
             const int head_idx = at.kv_head_idx * group + query - token * group;
             return call.attention + (m * call.num_q_heads + head_idx) * HEAD_DIM + i % HEAD_DIM;
         };
+        const auto write_attention = [&](int i, const Found& found) {  // of elements i and i + 1
+            const float x = found.value.x / found.sum, y = found.value.y / found.sum;
+            *reinterpret_cast<unsigned*>(attention_of(i)) = pack(x * call.v_scale, y * call.v_scale);
+        };
         float* const parts = call.partial + static_cast<long long>(first_run + head_idx) * PART;
         const int own_run = BY_PIECES ? at.piece : static_cast<int>(blockIdx.x) - first_run;
         float* const own_part = parts + static_cast<long long>(own_run) * PART;
-        // A warp takes 32 dims of a row; lane w works out the weight of what warp w found.
-        constexpr int CHUNKS = (HEAD_DIM + 31) / 32;
+        // A warp takes 64 dims of a row.
+        constexpr int CHUNKS = (HEAD_DIM + 63) / 64;
 #pragma unroll 1
         for (int chunk = warp; chunk < rows * CHUNKS; chunk += WARPS) {
-            const int r = chunk / CHUNKS, d = chunk % CHUNKS * 32 + lane;
-            const float2 found = lane < WARPS ? shared.found[lane][r] : make_float2(MINUS_INFINITY, 0.0f);
-            float largest = found.x;
-#pragma unroll
-            for (int lanes = 1; lanes < 32; lanes *= 2)
-                largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, lanes));
-            // Where no key was seen, or all were NaN, there are no weighted v.
-            const float own_weight = found.x == MINUS_INFINITY ? 0.0f : exp2f(found.x - largest);
-            const float sum = warp_sum(found.x == MINUS_INFINITY ? found.y : own_weight * fabsf(found.y));
-            const unsigned second_tiles = __ballot_sync(0xffffffffu, found.y < 0.0f);
-            const float* const sums = reinterpret_cast<const float*>(shared.ring) + sum_index(r, min(d, HEAD_DIM - 1));
-            float value = 0.0f;
-#pragma unroll
-            for (int w = 0; w < WARPS; ++w) {
-                const float weight = __shfl_sync(0xffffffffu, own_weight, w);
-                const int place = (w * STAGES + (second_tiles >> w & 1)) * static_cast<int>(sizeof(Tile) / 4);
-                const float found_v = weight == 0.0f ? 0.0f : sums[place];  // keys may be on their way there
-                value += weight * found_v;
-            }
+            const int r = chunk / CHUNKS, d = chunk % CHUNKS * 64 + 2 * lane, i = r * HEAD_DIM + d;
+            const Found found = sum_of_warps(shared, r, min(d, HEAD_DIM - 2));
             if (d >= HEAD_DIM) continue;
-            const int i = r * HEAD_DIM + d;
             if (work_out_here(num_runs) == 1) {  // here: not two loops
-                *attention_of(i) = __float2half_rn(value / sum * call.v_scale);
+                write_attention(i, found);
             } else {
-                own_part[i] = value;
-                if (d == 0) reinterpret_cast<float2*>(own_part + ROWS * HEAD_DIM)[r] = make_float2(largest, sum);
+                *reinterpret_cast<float2*>(own_part + i) = found.value;
+                if (d == 0) found_of_part(own_part)[r] = make_float2(found.largest, found.sum);
             }
         }
         Cursor next = at;
@@ -660,42 +592,12 @@ attend_decode(const __grid_constant__ Call call)
                 if (is_last) call.counters[head_idx] = 0;
             }
             __syncthreads();
-            if (is_last) {  // add up the runs, in their order
-                constexpr int AT_ONCE = 8;
-                for (int i = threadIdx.x; i < rows * HEAD_DIM; i += THREADS) {
-                    const float* part = parts + i;
-                    const float2* found = reinterpret_cast<const float2*>(parts + ROWS * HEAD_DIM) + i / HEAD_DIM;
-                    float largest = MINUS_INFINITY, value = 0.0f, sum = 0.0f;
-#pragma unroll 1
-                    for (int run = 0; run < num_runs; run += AT_ONCE) {
-                        float values[AT_ONCE];
-                        float2 of_run[AT_ONCE];
-#pragma unroll
-                        for (int u = 0; u < AT_ONCE; ++u) {
-                            values[u] = 0.0f, of_run[u] = make_float2(MINUS_INFINITY, 0.0f);
-                            if (run + u < num_runs) {
-                                values[u] = __ldcg(part + (run + u) * PART);
-                                of_run[u] = __ldcg(found + (run + u) * (PART / 2));
-                            }
-                        }
-                        float most = largest;
-#pragma unroll
-                        for (int u = 0; u < AT_ONCE; ++u) most = fmaxf(most, of_run[u].x);
-                        // No key is in the window yet: -inf - -inf would be NaN.
-                        const float base = most == MINUS_INFINITY ? 0.0f : most, shrink = exp2f(largest - base);
-                        largest = most, value *= shrink, sum *= shrink;
-#pragma unroll
-                        for (int u = 0; u < AT_ONCE; ++u) {
-                            const float weight = exp2f(of_run[u].x - base);
-                            value += weight * values[u];
-                            sum += weight * of_run[u].y;
-                        }
-                    }
-                    *attention_of(i) = __float2half_rn(value / sum * call.v_scale);
-                }
-            }
+            if (is_last)
+                for (int i = 2 * threadIdx.x; i < rows * HEAD_DIM; i += 2 * THREADS)
+                    write_attention(i, sum_of_runs(parts, num_runs, i));
         }
         if (!goes_on) return;
         at = next;
+        find_runs(at);
     }
 }

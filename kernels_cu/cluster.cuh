@@ -8,6 +8,12 @@ __device__ __forceinline__ int rank_in_cluster() {
     return rank;
 }
 
+__device__ __forceinline__ int blocks_of_cluster() {
+    int blocks;
+    asm volatile("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(blocks));  // read again where it is named again, not kept
+    return blocks;
+}
+
 // All threads of all blocks.
 __device__ __forceinline__ void cluster_sync() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");

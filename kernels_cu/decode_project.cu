@@ -3,8 +3,9 @@
 //
 // Grid (pieces of ROWS rows of Wqkv, and one block that describes the rows of x), block 256 threads; every block
 // normalises every token for itself. Hidden states are high and low halves, so nothing is lost to rounding. Shared memory:
-// w_in, float [H rounded up to 32], and x, STORAGE [B S, stride_of(H)]. -D: those of call.cuh, TILES. Memory bound: one read of
-// Wqkv, most of it before the kernel ahead has ended.
+// w_in, float [H rounded up to 32], x, STORAGE [B S, stride_of(H)], and as much again for low halves where NORMALISE_ONCE.
+// -D: those of call.cuh, TILES, NORMALISE_ONCE (a token is normalised once by all warps, and not by each as it multiplies).
+// Memory bound: one read of Wqkv, most of it before the kernel ahead has ended.
 #include "call.cuh"
 #include "gemv.cuh"
 #include "reduce.cuh"
@@ -45,47 +46,40 @@ decode_project(const __grid_constant__ Call call)
     wait_for_previous_kernel();
     // Not before: attend_decode reads lengths and cached keys at once, so all calls before this one must have ended.
     let_next_kernel_begin();
-    // A warp copies 32 pieces of a token at a time, so that each lane can add up the squares of what it has copied.
-    const int pieces = size / VECTOR, chunks = (pieces + 31) / 32;
-    const auto every_piece = [&](auto&& take) {
-        int b = 0;
+    // As many warps to a token as there are; each lane adds up the squares of what it has copied.
+    static_assert(gemv::WARPS == 8 && gemv::MAX_VECTORS == 8, "warps to tokens");
+    const int shift = num_tokens > 4 ? 0 : num_tokens > 2 ? 1 : num_tokens > 1 ? 2 : 3;
+    const int sharing = 1 << shift, token = warp >> shift, part = warp & (sharing - 1);
+    STORAGE* const x_mine = x_smem + token * stride;
+    const int first_mine = token < num_tokens ? (part * 32 + lane) * VECTOR : size, step_mine = sharing * 32 * VECTOR;
 #pragma unroll 1  // kernels this short spend their time on fetching instructions
-        for (int chunk = warp;; chunk += gemv::WARPS) {
-            for (; chunk >= chunks; chunk -= chunks) ++b;
-            if (b >= num_tokens) break;
-            const int i = chunk * 32 + lane;
-            take(b, i < pieces, i * VECTOR);
-        }
-    };
-    every_piece([&](int b, bool is_in, int k) {
-        if (is_in) copy16_async(x_smem + b * stride + k, call.x + static_cast<long long>(b) * size + k, true);
-    });
+    for (int k = first_mine; k < size; k += step_mine)
+        copy16_async(x_mine + k, call.x + static_cast<long long>(token) * size + k, true);
     copies_commit();
-    if (lane < gemv::MAX_VECTORS) squares[lane][warp] = 0.0f;
     copies_wait<0>();
-    __syncwarp();
-    every_piece([&](int b, bool is_in, int k) {
-        float values[VECTOR] = {}, sum = 0.0f;
-        if (is_in) load8(x_smem + b * stride + k, values);
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) sum += values[j] * values[j];
-        sum = warp_sum(sum);
-        if (lane == 0) squares[b][warp] += sum;
-    });
-    __syncthreads();
     float sum_squares = 0.0f;
+#pragma unroll 1
+    for (int k = first_mine; k < size; k += step_mine) {
+        float values[VECTOR];
+        load8(x_mine + k, values);
 #pragma unroll
-    for (int i = 0; i < gemv::WARPS; ++i) sum_squares += squares[m][i];
-    const float rstd = rsqrtf(sum_squares / size + call.eps);
-
-    w.multiply<2, 1>([&](int k, uint4 (&parts)[2]) {
-        float values[VECTOR] = {}, scale[VECTOR];
-        if (m < num_tokens && k < size) {
-            load8(x_smem + m * stride + k, values);
-            load8(input_norm + k, scale);
+        for (int j = 0; j < VECTOR; ++j) sum_squares += values[j] * values[j];
+    }
+    sum_squares = warp_sum(sum_squares);
+    if (lane == 0) squares[token][part] = sum_squares;
+    __syncthreads();
+    const auto rstd_of = [&](int token) {
+        float sum = 0.0f;
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) values[j] *= rstd * scale[j];
-        }
+        for (int i = 0; i < gemv::WARPS; ++i) sum += i < sharing ? squares[token][i] : 0.0f;
+        return rsqrtf(sum / size + call.eps);
+    };
+    const auto normalise = [&](const STORAGE* x, int k, float rstd, uint4 (&parts)[2]) {  // elements k to k + 7 of a token
+        float values[VECTOR], scale[VECTOR];
+        load8(x + k, values);
+        load8(input_norm + k, scale);
+#pragma unroll
+        for (int j = 0; j < VECTOR; ++j) values[j] *= rstd * scale[j];
         unsigned high[4], low[4];
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -94,6 +88,30 @@ decode_project(const __grid_constant__ Call call)
         }
         parts[0] = make_uint4(high[0], high[1], high[2], high[3]);
         parts[1] = make_uint4(low[0], low[1], low[2], low[3]);
+    };
+#ifdef NORMALISE_ONCE
+    // High halves take the place of x, low ones follow.
+    const float rstd = rstd_of(token);
+#pragma unroll 1
+    for (int k = first_mine; k < size; k += step_mine) {
+        uint4 parts[2];
+        normalise(x_mine, k, rstd, parts);
+        *reinterpret_cast<uint4*>(x_mine + k) = parts[0];
+        *reinterpret_cast<uint4*>(x_mine + num_tokens * stride + k) = parts[1];
+    }
+    __syncthreads();
+#else
+    const float rstd = rstd_of(m);
+#endif
+    w.multiply<2, 1>([&](int k, uint4 (&parts)[2]) {
+        parts[0] = parts[1] = make_uint4(0, 0, 0, 0);
+        if (m >= num_tokens || k >= size) return;
+#ifdef NORMALISE_ONCE
+        parts[0] = *reinterpret_cast<const uint4*>(x_smem + m * stride + k);
+        parts[1] = *reinterpret_cast<const uint4*>(x_smem + m * stride + k + num_tokens * stride);
+#else
+        normalise(x_smem + m * stride, k, rstd, parts);
+#endif
     });
     __syncthreads();
     const int b = threadIdx.x / ROWS, n = first + threadIdx.x % ROWS;

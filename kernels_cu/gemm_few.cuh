@@ -1,22 +1,21 @@
 // W v for some tokens, 8 GROUPS to a tile, memory bound: rows of W go straight from memory to registers and are the tensor
-// cores' A operand, tokens come through shared memory and are B. k is split between blocks as well: a cluster of CLUSTER
-// blocks adds up through shared memory, a group of tokens each; where there are no clusters, the last block of a tile does.
+// cores' A operand, tokens come through shared memory and are B. k is split between blocks as well: with CLUSTERS they are a
+// cluster, of a size that the launch says, and add up through shared memory, a group of tokens each; else the last one does.
 //
 // A product of a row may take its k in any order if both sides agree: lane l reads 8 consecutive k of rows l / 4 and
 // l / 4 + 8 of W and of token l / 4, and calls the first four of them the first k16 step and the rest the second.
-// A token's sums do not depend on how many others there are. -D: those of call.cuh, GROUPS (2, 4 or 8), CLUSTER (1 to 8).
+// A token's sums do not depend on how many others there are. -D: those of call.cuh, GROUPS (2, 4 or 8), CLUSTERS.
 #pragma once
 #include "call.cuh"
 #include "cluster.cuh"
 
-#if CLUSTER > 1
-#define FEW_CLUSTER __cluster_dims__(CLUSTER, 1, 1)
-#else  // the attribute alone is an error where there are none
-#define FEW_CLUSTER
-#endif
-
 namespace few {
 
+#ifdef CLUSTERS
+constexpr bool IN_CLUSTERS = true;
+#else
+constexpr bool IN_CLUSTERS = false;
+#endif
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROWS = 16 * WARPS;  // of W, of a tile
@@ -25,6 +24,7 @@ constexpr int STEP = 32, STEPS = 2, CHUNK = STEP * STEPS;  // k of one load, of 
 constexpr int STAGES = 4;  // copies of tokens
 constexpr int AHEAD = 3;   // chunks of W under way
 constexpr int PIECES = CHUNK / 8;  // of 16 bytes, of a token's chunk
+constexpr int MOST_SPLITS = 8;     // parts of k, blocks of a cluster
 
 using Sums = float[GROUPS][4];  // rows l / 4 and 8 more of a warp's 16, tokens 8 g + 2 (l % 4) + {0, 1}
 
@@ -40,7 +40,7 @@ struct Place {
 // Of `blocks`, which are a multiple of all tiles: that is how many parts k has.
 __device__ __forceinline__ Place place_of_block(int block, int blocks, int num_rows, int num_tokens) {
     const int token_tiles = (num_tokens + TOKENS - 1) / TOKENS, row_tiles = (num_rows + ROWS - 1) / ROWS;
-    const int splits = CLUSTER > 1 ? CLUSTER : blocks / (row_tiles * token_tiles), tile = block / splits;
+    const int splits = blocks / (row_tiles * token_tiles), tile = block / splits;
     return {tile / token_tiles * ROWS, block % splits, splits, tile % token_tiles * TOKENS, tile};
 }
 
@@ -162,8 +162,8 @@ template <typename Prepare, typename Finish>
 __device__ __forceinline__ void add_up(const Place& at, Sums& sums, void* smem, float* partial, int* counters,
                                        Prepare prepare, Finish finish) {
     using More = decltype(prepare(0));
-    if constexpr (CLUSTER > 1) {
-        const int rank = rank_in_cluster();
+    if constexpr (IN_CLUSTERS) {
+        const int rank = at.split, splits = blocks_of_cluster();
         float4* const own = static_cast<float4*>(smem) + threadIdx.x;
         More more = prepare(min(rank, GROUPS - 1));
         __syncthreads();  // nobody reads tokens any more
@@ -171,18 +171,20 @@ __device__ __forceinline__ void add_up(const Place& at, Sums& sums, void* smem, 
         for (int g = 0; g < GROUPS; ++g) own[g * THREADS] = make_float4(sums[g][0], sums[g][1], sums[g][2], sums[g][3]);
         cluster_sync();
 #pragma unroll 1
-        for (int g = rank; g < GROUPS; g += CLUSTER) {
-            float4 found[CLUSTER];
+        for (int g = rank; g < GROUPS; g += splits) {
+            float4 found[MOST_SPLITS];
 #pragma unroll
-            for (int other = 0; other < CLUSTER; ++other) found[other] = load_from(address_in(other, own + g * THREADS));
+            for (int other = 0; other < MOST_SPLITS; ++other)  // all of them under way; the last ones again, but not added
+                found[other] = load_from(address_in(min(other, splits - 1), own + g * THREADS));
             float total[4] = {};
 #pragma unroll
-            for (int other = 0; other < CLUSTER; ++other) {
+            for (int other = 0; other < MOST_SPLITS; ++other) {
+                if (other >= splits) break;
                 total[0] += found[other].x, total[1] += found[other].y;
                 total[2] += found[other].z, total[3] += found[other].w;
             }
             finish(g, total, more);
-            if (g + CLUSTER < GROUPS) more = prepare(g + CLUSTER);
+            if (g + splits < GROUPS) more = prepare(g + splits);
         }
         cluster_meet();  // nobody reads this block's sums any more
         return;

@@ -5,7 +5,13 @@
 // GROUPS x 64 halves. -D: those of gemm_few.cuh. Memory bound: one read of Wo, some of it before the kernel ahead has ended.
 #include "gemm_few.cuh"
 
-extern "C" __global__ void FEW_CLUSTER __launch_bounds__(few::THREADS, 3)
+#if __CUDA_ARCH__ >= 1000
+constexpr int BLOCKS = GROUPS == 8 ? 2 : 3;  // of a multiprocessor: where three would spill
+#else
+constexpr int BLOCKS = 3;
+#endif
+
+extern "C" __global__ void __launch_bounds__(few::THREADS, BLOCKS)
 project_output_few(const __grid_constant__ Call call)
 {
     extern __shared__ __align__(128) __half smem[];

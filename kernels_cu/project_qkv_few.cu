@@ -60,13 +60,14 @@ __device__ __forceinline__ void normalise_row(const Call& call, int m, char* sme
     if (threadIdx.x == 0) count_in_order(&call.counters[READY]);
 }
 
-extern "C" __global__ void FEW_CLUSTER __launch_bounds__(few::THREADS, 3)
+extern "C" __global__ void __launch_bounds__(few::THREADS, 3)
 project_qkv_few(const __grid_constant__ Call call)
 {
     extern __shared__ __align__(128) char smem[];
     const int size = call.hidden_size, num_tokens = call.batch * call.seq;
     const int total_rows = (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
-    const int first_block = (num_tokens + CLUSTER - 1) / CLUSTER * CLUSTER, num_blocks = gridDim.x - first_block;
+    const int cluster = few::IN_CLUSTERS ? blocks_of_cluster() : 1;
+    const int first_block = (num_tokens + cluster - 1) / cluster * cluster, num_blocks = gridDim.x - first_block;
     if (blockIdx.x < first_block) {
         if (blockIdx.x < num_tokens) normalise_row(call, blockIdx.x, smem);
         return;

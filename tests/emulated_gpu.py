@@ -87,6 +87,7 @@ INSTRUCTIONS = (
     ("mov.u32 %0, %%cluster_ctarank;", "ptx_cluster_rank", ""),
     ("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
     ("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
+    ("mov.u32 %0, %%cluster_nctaid.x;", "ptx_cluster_size", ""),
     ("mapa.shared::cluster.u32 %0, %1, %2;", "ptx_address_in", ""),
     ("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];", "ptx_load_there", ""),
     ("elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }", "ptx_elect", ""),
@@ -280,13 +281,17 @@ def translate(text: str) -> str:
 
 
 @functools.cache
-def kernel(name: str, macros: Macros):
-    """Return a kernel as a function of (grid, threads, smem_bytes, seed, call, maps=None)."""
+def kernel(name: str, macros: Macros, cluster: int = 1):
+    """Return a kernel as a function of (grid, threads, smem_bytes, seed, call, maps=None).
+
+    ``cluster``: blocks of a cluster, where the source does not say it.
+    """
     defines = "".join(f"#define {key} {value}\n" for key, value in macros)
     source = (kernels.SOURCES / f"{name}.cu").read_text()
     alignment = re.search(r"extern __shared__ __align__\((\d+)\)", source)
     start = RESERVED + (int(alignment[1]) if alignment else 0)
-    cluster = dict(macros).get("CLUSTER", "1") if re.search(r"__cluster_dims__|FEW_CLUSTER", source) else "1"
+    if "__cluster_dims__" in source:
+        cluster = int(dict(macros)["CLUSTER"])
     has_maps = re.search(r"const __grid_constant__ Maps\b", source) is not None
     arguments = "*call, own" if has_maps else "*call"
     copy_maps = (
@@ -419,7 +424,7 @@ class EmulatedLauncher:
     seed = 0
 
     def __init__(self, launch: Launch) -> None:
-        self._launch, self._kernel = launch, kernel(launch.name, launch.macros)
+        self._launch, self._kernel = launch, kernel(launch.name, launch.macros, launch.splits)
 
     def bind(self, call: np.ndarray, stream: Any, maps: bytes | np.ndarray | None = None) -> Callable[[], None]:
         one = self._launch

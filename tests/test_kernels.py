@@ -50,21 +50,10 @@ def builds(request):
     pool.shutdown(cancel_futures=True)
 
 
-# For sm_120 ptxas spills 224 bytes where 8 groups of tokens are not shared out: addresses, of which two or three are
-# read back every 64 k. Fewer blocks a multiprocessor would mend it.
-CROWDED = ("project_output_few", "sm_120", {"CLUSTER": "1", "GROUPS": "8"})
-
-
-def expectation(name, macros, arch):
-    """Return a mark for what is known to miss the bar."""
-    crowded = (name, arch, {key: value for key, value in macros if key in CROWDED[2]}) == CROWDED
-    return [pytest.mark.xfail(strict=True, raises=AssertionError, reason="spills more than the bar")] if crowded else []
-
-
 @pytest.mark.parametrize(
     ("name", "macros", "arch"),
     [
-        pytest.param(name, macros, arch, marks=expectation(name, macros, arch))
+        (name, macros, arch)
         for name, macros in warmup.published()
         for arch in kernels.ARCHITECTURES
         if kernels.compiles_for(name, macros, arch)

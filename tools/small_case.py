@@ -66,15 +66,20 @@ def small_runs() -> list[Small]:
         *(Small(*kind, batch=2, calls=(130, 130, 1), num_sms=2) for kind in both),  # from tile to tile, after a past
         *(Small(dtype, False, batch=12, calls=(70, 1), num_sms=2, portable=True) for dtype in DTYPES),
         *(Small(dtype, False, calls=(130, 1), num_sms=8) for dtype in DTYPES),
-        *(Small(dtype, False, calls=(1, 1), num_sms=num_sms) for dtype in DTYPES for num_sms in (16, 22)),
-        *(Small(*kind, calls=(2, 16, 1)) for kind in both),  # a few tokens a sequence
+        *(
+            Small(dtype, False, batch=batch, calls=(1, 1), num_sms=num_sms)
+            for dtype in DTYPES
+            for batch, num_sms in ((1, 16), (1, 22), (8, 16), (8, 22), (8, None))
+        ),
+        *(Small(*kind, calls=(20, 1), heads=(16, 1)) for kind in both),
+        *(Small(*kind, calls=(2, 8, 16, 1)) for kind in both),  # a few tokens a sequence
+        *(Small(*kind, batch=6, calls=(2, 1)) for kind in crossed),
         *(Small(*kind, batch=12, calls=(3, 1), batch_invariant=True) for kind in crossed),
         *(Small(*kind, batch=64, calls=(1, 1), portable=portable) for kind in both for portable in (False, True)),
         *(
             Small(*kind, batch=batch, calls=(1,), heads=heads, num_sms=num_sms)
-            for kind in both
+            for kind, (heads, num_sms) in zip(both, (*CLUSTERS, CLUSTERS[0]), strict=True)
             for batch in (12, 64)
-            for heads, num_sms in CLUSTERS
         ),
         *(Small(*kind, calls=(70, 130, 1), window=SMALL_WINDOW) for kind in crossed),
         *(Small(*kind, calls=(70, 20), stages=True) for kind in crossed),

@@ -881,6 +881,7 @@ inline void ptx_quads_copy_to_blocks(unsigned to, const void* map, unsigned barr
 // Clusters: warps come to their barrier whole, and all of all blocks.
 
 inline void ptx_cluster_rank(int& rank) { rank = emulator::block->rank; }
+inline void ptx_cluster_size(int& blocks) { blocks = emulator::num_blocks; }
 
 inline void ptx_cluster_sync() {
     using namespace emulator;

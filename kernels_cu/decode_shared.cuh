@@ -1,0 +1,51 @@
+// What a block of attend_decode.cu has in shared memory, and where in it things lie.
+// -D: those of shares.cuh, FLOAT32_ANGLES.
+#pragma once
+#include "shares.cuh"
+
+constexpr int THREADS = 32 * WARPS;
+constexpr int STAGES = 2;             // tiles of a warp's ring
+constexpr int STRIDE = HEAD_DIM + 8;  // of q': an odd number of 16-byte pieces, so that ldmatrix meets no bank twice
+constexpr bool SWIZZLED = HEAD_DIM % 64 == 0;
+constexpr int KV_STRIDE = SWIZZLED ? HEAD_DIM : STRIDE;
+constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, of a row
+constexpr int PAIRS = HEAD_DIM / 2;
+
+struct alignas(16) Tile {
+    STORAGE k[TILE * KV_STRIDE], v[TILE * KV_STRIDE];
+};
+
+// Where 16 bytes of a row of k or v lie in a tile: padded rows, or no room lost and pieces mixed up within their row.
+__device__ __forceinline__ int place_of(int row, int piece) {
+    return row * KV_STRIDE + (SWIZZLED ? piece ^ (row & 7) : piece) * 8;
+}
+
+// The same 16 bytes of an address, `piece` more of them on in its row, where place_of comes down to an exclusive or.
+constexpr bool IS_XOR = HEAD_DIM == 64 || HEAD_DIM == 128 || HEAD_DIM == 256;
+
+__device__ __forceinline__ unsigned further_address(unsigned address, int piece) { return address ^ piece * 16; }
+
+struct alignas(16) Shared {
+    Tile ring[WARPS][STAGES];
+#ifdef FLOAT32_ANGLES
+    float k_norm[HEAD_DIM];
+#else
+    float4 turn[TILE * PAIRS];                 // call.k_turns
+#endif
+    __half q[WARPS][PARTS][ROWS * STRIDE];     // q' for a warp's tile
+    float q_norm[ROWS * HEAD_DIM];             // normalised queries, not rotated
+    uint2 frequency[PAIRS];
+    int positions[WARPS][STAGES][TILE];        // of the keys in the ring, but for new tokens
+    float2 found[WARPS][ROWS];                 // of a warp's tiles: what scores are relative to, sum of weights
+};
+
+// Where the factors of (offset, pair) lie in call.k_turns, w_low cos, w_high sin, w_high cos, w_low sin: two keys next to
+// each other take a thread's two pairs in opposite order, so that reads of eight lanes meet no bank twice.
+__device__ __forceinline__ int turn_index(int offset, int pair) { return offset * PAIRS + (pair ^ (offset & 1)); }
+
+constexpr int SUM_STRIDE = SWIZZLED ? HEAD_DIM : HEAD_DIM + 4;
+
+// Where a row's dim lies among a warp's sums, which take the place of the tile it is done with.
+__device__ __forceinline__ int sum_index(int row, int d) {
+    return row * SUM_STRIDE + (SWIZZLED ? d ^ (row / 2 % 4 * 8) : d);
+}
