@@ -128,6 +128,30 @@ def test_what_no_kernel_takes_is_said(changes, says):
     assert "float32" in launch.supported(make_config(), "float32")
 
 
+def test_tokens_are_normalised_once_where_attention_has_room_beside_them():
+    config, gpu = CONFIGS["0.6B"], cuda.H200
+    shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
+    ones = [launch.decode_project(config, shape, gpu, tokens) for tokens in range(1, launch.DECODE_VECTORS + 1)]
+    assert [("NORMALISE_ONCE", "1") in one.macros for one in ones] == [True] * 4 + [False] * 4
+    attention = launch.attend_decode(config, shape, gpu, 1, alone=False).smem_bytes + launch.STATIC_SMEM
+    for one in ones:
+        both = attention + one.smem_bytes + launch.GEMV_STATIC_SMEM + 2 * launch.RESERVED_SMEM
+        assert both <= gpu.sm_smem
+
+
+@pytest.mark.parametrize("gpu", GPUS)
+@pytest.mark.parametrize("hidden_size", [1024, 4096, 8192, 12_288, 16_384, 40_000])
+def test_a_projection_of_few_tokens_fits_or_is_left_to_others(hidden_size, gpu):
+    config = make_config(hidden_size=hidden_size)
+    shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
+    kinds = []
+    for tokens in range(1, launch.DECODE_VECTORS + 1):
+        one = launch.decode_project(config, shape, GPUS[gpu], tokens)
+        assert one is None or one.smem_bytes + launch.GEMV_STATIC_SMEM <= GPUS[gpu].block_smem
+        kinds.append(2 if one is None else ("NORMALISE_ONCE", "1") not in one.macros)
+    assert kinds == sorted(kinds)  # once, then by every warp, then not at all: what takes less comes later
+
+
 def test_a_row_too_long_for_shared_memory_takes_the_products_of_prefill():
     config = make_config(head_dim=64, hidden_size=40_000)
     shape = launch.Shape("float16", 64, precise=False, windowed=False, float32_angles=False)

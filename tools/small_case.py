@@ -78,8 +78,9 @@ def small_runs() -> list[Small]:
         *(Small(*kind, batch=64, calls=(1, 1), portable=portable) for kind in both for portable in (False, True)),
         *(
             Small(*kind, batch=batch, calls=(1,), heads=heads, num_sms=num_sms)
-            for kind, (heads, num_sms) in zip(both, (*CLUSTERS, CLUSTERS[0]), strict=True)
+            for kind in both
             for batch in (12, 64)
+            for heads, num_sms in CLUSTERS
         ),
         *(Small(*kind, calls=(70, 130, 1), window=SMALL_WINDOW) for kind in crossed),
         *(Small(*kind, calls=(70, 20), stages=True) for kind in crossed),
