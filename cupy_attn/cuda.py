@@ -8,6 +8,7 @@ import math
 import warnings
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from . import kernels, launch, wgmma
@@ -29,6 +30,8 @@ MIN_CAPABILITY = (8, 0)
 # Powers of two bring the largest value an operand can have just below 2^OPERAND_BITS, half of float16's range. The
 # values of v keep more room: a cache can hold some that these weights did not make.
 OPERAND_BITS, VALUE_BITS = 15, 11
+# The same of 8-bit weights of K; and what storage.cuh multiplies their operands by.
+REST_BITS, E4M3_SCALE = 8, 32.0
 PREFILL_STAGES = (
     "input_norm", "q", "k", "v", "q_norm", "k_norm", "q_rope", "k_rope", "row_max", "lse", "attention", "output",
 )  # fmt: skip
@@ -36,7 +39,7 @@ PREFILL_STAGES = (
 DECODES = ((1, 1), (8, 1), (12, 1), (64, 1), (1, 2), (1, 16))
 # Fields of the call that a tensor map is made of.
 MAPPED = (
-    "hidden", "qkv_proj", "q", "k", "v", "v_cache", "attention", "o_proj", "batch", "seq", "capacity",
+    "hidden", "qkv_proj", "k_proj", "q", "k", "v", "v_cache", "attention", "o_proj", "batch", "seq", "capacity",
     "scratch_capacity",
 )  # fmt: skip
 
@@ -124,7 +127,9 @@ def _power_of_two(largest: float, bits: int) -> float:
 class _Weights:
     """One layer's weights as the kernels read them: float16 products, float32 norms, powers of two folded in."""
 
-    def __init__(self, config: AttentionConfig, weights: AttentionWeights, *, angles: str) -> None:
+    def __init__(
+        self, config: AttentionConfig, weights: AttentionWeights, *, angles: str, multiplies_rest: bool
+    ) -> None:
         import cupy
 
         wide = {name: tensor.astype(np.float32) for name, tensor in weights.tensors().items()}
@@ -141,6 +146,12 @@ class _Weights:
 
         self.qkv_proj, qkv_scale = operand("qkv_proj")
         self.o_proj, o_scale = operand("o_proj")
+        k_rows = wide["qkv_proj"][config.q_size : config.q_size + config.kv_size]
+        rest_scale = _power_of_two(float(np.abs(k_rows).max()), REST_BITS)
+        self.k_proj = None
+        if multiplies_rest:
+            k_rest = (k_rows * np.float32(rest_scale)).astype(ml_dtypes.float8_e4m3fn)
+            self.k_proj = cupy.asarray(k_rest.view(np.uint8))
         v_rows = wide["qkv_proj"][config.q_size + config.kv_size :]
         v_bias = wide["qkv_bias"][config.q_size + config.kv_size :] if "qkv_bias" in wide else np.zeros(1, np.float32)
         v_bound = hidden_bound * float(np.linalg.norm(v_rows, axis=1).max()) + float(np.abs(v_bias).max())
@@ -160,6 +171,7 @@ class _Weights:
         self.frequency = cupy.asarray(_frequencies(config, angles))
         self.scalars = {
             "qkv_unscale": 1 / (hidden_scale * qkv_scale), "o_unscale": 1 / (o_scale * self.v_scale),
+            "rest_unscale": qkv_scale / (rest_scale * E4M3_SCALE),
             "score_scale": math.log2(math.e) / math.sqrt(config.head_dim) / q_scale / k_scale, "v_scale": self.v_scale,
             "hidden_unscale": 1 / hidden_scale, "q_norm_unscale": 1 / (factor * q_scale), "q_rope_unscale": 1 / q_scale,
             "k_norm_unscale": 1 / (factor * k_scale), "k_rope_unscale": 1 / k_scale,
@@ -258,7 +270,8 @@ class CudaBackend:
                 SlowPathWarning,
                 stacklevel=4,
             )
-        self._ready = None if why is not None else _Weights(config, weights, angles=angles)
+        rest = wgmma.multiplies_rest(self._shape, self._limits)
+        self._ready = None if why is not None else _Weights(config, weights, angles=angles, multiplies_rest=rest)
         self._launches: dict[Any, list[Launch]] = {}
         self._launchers: dict[Launch, Launcher] = {}
         self._call = np.zeros(1, CALL)
@@ -355,15 +368,16 @@ class CudaBackend:
         rows, heads = call["batch"] * call["seq"], call["batch"] * config.num_key_value_heads
         v = ("v_cache", "capacity") if self._shape.dtype == "float16" else ("v", "scratch_capacity")
         matrices = {  # address, columns, rows
-            "hidden": (call["hidden"], launch.HIDDEN_PARTS * config.hidden_size, rows),
+            "hidden": (call["hidden"], wgmma.hidden_columns(config, self._shape), rows),
             "qkv_proj": (call["qkv_proj"], config.hidden_size, config.q_size + 2 * config.kv_size),
+            "k_proj": (call["k_proj"], config.hidden_size // 2, config.kv_size),
             "q": (call["q"], config.q_size, self._shape.parts * rows),
             "k": (call["k"], config.head_dim, self._shape.parts * heads * call["scratch_capacity"]),
             "v": (call[v[0]], config.head_dim, heads * call[v[1]]),
             "attention": (call["attention"], config.q_size, rows),
             "o_proj": (call["o_proj"], config.q_size, config.hidden_size),
         }
-        return b"".join(tensor_map(*matrices[name], box_rows, by_quads=name in ("qkv_proj", "o_proj"))
+        return b"".join(tensor_map(*matrices[name], box_rows, by_quads=name.endswith("_proj"))
                         for name, box_rows in one.boxes)  # fmt: skip
 
     def _outgrown(self, plan: Plan) -> bool:

@@ -29,10 +29,10 @@ PAST_ROWS = 64  # project.cuh: cached keys, in what a call says of them
 HIDDEN_PARTS = 2  # project.cuh: float16 numbers that hold one normalised hidden state
 
 _POINTERS = (
-    "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "o_proj", "input_norm", "q_norm", "k_norm",
-    "qkv_bias", "o_bias", "frequency", "k_turns", "k_cache", "v_cache", "lengths", "cached_positions", "fault", "rows",
-    "hidden", "q", "k", "v", "attention", "qkv", "partial", "counters", "stage_input_norm", "stage_q", "stage_k",
-    "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope", "stage_row_max", "stage_lse",
+    "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "o_proj", "k_proj", "input_norm", "q_norm",
+    "k_norm", "qkv_bias", "o_bias", "frequency", "k_turns", "k_cache", "v_cache", "lengths", "cached_positions",
+    "fault", "rows", "hidden", "q", "k", "v", "attention", "qkv", "partial", "counters", "stage_input_norm", "stage_q",
+    "stage_k", "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope", "stage_row_max", "stage_lse",
     "stage_attention", "stage_output",
 )  # fmt: skip
 _INTEGERS = (
@@ -40,8 +40,8 @@ _INTEGERS = (
     "max_position", "window",
 )  # fmt: skip
 _FLOATS = (
-    "eps", "qkv_unscale", "o_unscale", "score_scale", "v_scale", "hidden_unscale", "q_norm_unscale", "q_rope_unscale",
-    "k_norm_unscale", "k_rope_unscale",
+    "eps", "qkv_unscale", "o_unscale", "rest_unscale", "score_scale", "v_scale", "hidden_unscale", "q_norm_unscale",
+    "q_rope_unscale", "k_norm_unscale", "k_rope_unscale",
 )  # fmt: skip
 CALL = np.dtype(
     [(name, np.uint64) for name in _POINTERS]

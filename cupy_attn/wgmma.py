@@ -42,14 +42,24 @@ def attends(shape: Shape, limits: Limits, seq: int, *, collect: bool) -> bool:
     return limits.wgmma and shape.head_dim == HEAD_DIM and not collect and seq >= LEAST_QUERIES
 
 
+def multiplies_rest(shape: Shape, limits: Limits) -> bool:
+    """Return whether prefill has 8-bit products of K's weights and what rounding of hidden states leaves over."""
+    return limits.wgmma and shape.head_dim == HEAD_DIM and not shape.precise
+
+
+def hidden_columns(config: AttentionConfig, shape: Shape) -> int:
+    """Return what a row of ``hidden`` is long, in float16: H numbers, and what rounding left over, of 8 bits or 16."""
+    return config.hidden_size * (4 if shape.precise else 3) // 2
+
+
 def _project(
     name: str, shape: Shape, limits: Limits, rows: int, columns: int, sizes: tuple[int, ...],
-    boxes: tuple[str, str], *, least: int = 0, **macros: object,
+    boxes: tuple[str, ...], *, least: int = 0, **macros: object,
 ) -> Launch:  # fmt: skip
     """Return the launch of a product of ``rows`` rows.
 
-    ``columns``: of the result. ``sizes``: how many a tile may have. ``boxes``: the arrays that are copied, x and W.
-    ``least``: blocks that there is other work for.
+    ``columns``: of the result. ``sizes``: how many a tile may have. ``boxes``: the arrays that are copied, x and those
+    of weights. ``least``: blocks that there is other work for.
     """
     tiles = {size: -(-rows // (BLOCK_M * CLUSTER)) * -(-columns // size) for size in sizes}
     clusters = limits.num_sms // CLUSTER
@@ -59,7 +69,7 @@ def _project(
     stages = min(6, (limits.block_smem - ALIGNMENT) // stage)
     settings = macros_of(shape, BLOCK_N=block_n, GEMM_STAGES=stages, CLUSTER=CLUSTER, **macros)
     grid = min(clusters, max(tiles[block_n], -(-least // CLUSTER))) * CLUSTER
-    copied = ((boxes[0], BLOCK_M), (boxes[1], min(block_n // CLUSTER, BOX_ROWS)))
+    copied = ((boxes[0], BLOCK_M), *((name, min(block_n // CLUSTER, BOX_ROWS)) for name in boxes[1:]))
     return Launch(name, settings, grid, THREADS, stages * stage, overlaps=True, cluster=CLUSTER, boxes=copied)
 
 
@@ -67,7 +77,8 @@ def project_qkv(config: AttentionConfig, shape: Shape, limits: Limits, rows: int
     """Launch of ``project_qkv_wgmma.cu`` for ``rows`` rows of x and ``past`` cached keys of all heads."""
     warps = rows + -(-past // PAST_ROWS_A_WARP)
     return _project("project_qkv_wgmma", shape, limits, rows, config.q_size + 2 * config.kv_size,
-                    (128,) if shape.precise else (256, 128), ("hidden", "qkv_proj"),
+                    (128,) if shape.precise else (256, 128),
+                    ("hidden", "qkv_proj") if shape.precise else ("hidden", "qkv_proj", "k_proj"),
                     least=-(-warps // (THREADS // 32)), FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
 
 

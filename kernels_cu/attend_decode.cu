@@ -30,7 +30,6 @@ constexpr bool SHORT_OF_REGISTERS = OVERLAPPING && (WARPS > 8 || (HEAD_DIM <= 12
 constexpr int MOST_REGISTERS = SHORT_OF_REGISTERS ? 168 : 255;
 constexpr int D_BLOCKS = HEAD_DIM / 8;
 constexpr int HALF_BLOCKS = HEAD_DIM / 16;
-constexpr float MOST = 8.0f;  // base-2 logarithm of the largest weight: in float16 there is room for 15
 
 // A value the compiler takes to be unknown until here.
 __device__ __forceinline__ int work_out_here(int value) {

@@ -158,7 +158,8 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         return last_position - __ldcg(key_positions + (last - i) * BLOCK_N) >= call.window;
     };
 #endif
-    float scores[SCORES], out[64], row_max[2], row_sum[2], shrink[2];
+    float scores[SCORES], out[64], row_max[2], row_sum[2], shift[2], shrink[2];
+    bool shrinks = false;
 
     auto start_scores = [&](int i) {
         const unsigned k_address = ring_address + i % STAGES * STAGE * 2;
@@ -175,7 +176,8 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         }
         products_commit();
     };
-    // From scores to weights, and how much what was added up before counts now.
+    // From scores to weights, relative to a maximum that is raised when a weight would be above 2^MOST; and by how much what
+    // was added up before counts less then.
     auto softmax = [&](int i, auto masked) {
         if (decltype(masked)::value) {
             const int first_key = (last - i) * BLOCK_N + 2 * quad;
@@ -189,24 +191,35 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
                 if (hidden) scores[j] = MINUS_INFINITY;
             }
         }
+        float largest[2] = {MINUS_INFINITY, MINUS_INFINITY};
+#pragma unroll
+        for (int j = 0; j < SCORES; j += 2)
+            largest[j / 2 % 2] = fmaxf(largest[j / 2 % 2], fmaxf(scores[j], scores[j + 1]));
+        // A row that has seen no key and sees none now, NaN, is not above.
+        auto is_above = [&](int half) { return (largest[half] - row_max[half]) * call.score_scale > MOST; };
+        shrinks = __any_sync(0xffffffffu, is_above(0) || is_above(1));
+        if (shrinks) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                largest[half] = quad_max(largest[half]);
+                shrink[half] = 1.0f;
+                if (!is_above(half)) continue;  // whatever other rows do, which may be of another sequence
+                shift[half] = largest[half] * call.score_scale;
+                shrink[half] = exp2f(row_max[half] * call.score_scale - shift[half]);
+                row_sum[half] *= shrink[half];
+                row_max[half] = largest[half];
+            }
+        }
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float largest = row_max[half];
-#pragma unroll
-            for (int j = 2 * half; j < SCORES; j += 4) largest = fmaxf(largest, fmaxf(scores[j], scores[j + 1]));
-            largest = quad_max(largest);
-            // A row that has seen no key yet: -inf - -inf would be NaN.
-            const float shift = largest == MINUS_INFINITY ? 0.0f : largest * call.score_scale;
-            shrink[half] = exp2f(row_max[half] * call.score_scale - shift);
-            row_max[half] = largest;
             float sum = 0.0f;
 #pragma unroll
             for (int j = 2 * half; j < SCORES; j += 4) {
-                scores[j] = exp2f(fmaf(scores[j], call.score_scale, -shift));
-                scores[j + 1] = exp2f(fmaf(scores[j + 1], call.score_scale, -shift));
+                scores[j] = exp2f(fmaf(scores[j], call.score_scale, -shift[half]));
+                scores[j + 1] = exp2f(fmaf(scores[j + 1], call.score_scale, -shift[half]));
                 sum += scores[j] + scores[j + 1];
             }
-            row_sum[half] = row_sum[half] * shrink[half] + sum;
+            row_sum[half] += sum;
         }
     };
     unsigned weights[SCORES / 8][4];
@@ -217,8 +230,10 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
             for (int f = 0; f < 4; ++f) weights[t][f] = pack(scores[8 * t + 2 * f], scores[8 * t + 2 * f + 1]);
     };
     auto start_sums = [&](int i) {
+        if (shrinks) {
 #pragma unroll
-        for (int j = 0; j < 64; ++j) out[j] *= shrink[j % 4 / 2];
+            for (int j = 0; j < 64; ++j) out[j] *= shrink[j % 4 / 2];
+        }
         const unsigned v_address = ring_address + (i % STAGES * STAGE + 2 * PARTS * KV_TILE) * 2;
         barrier_wait(&barriers.v_full[i % STAGES], i / STAGES % 2);
         products_begin();
@@ -270,7 +285,7 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         last_position = __ldcg(key_positions + num_keys - 1);
 #endif
         row_max[0] = row_max[1] = MINUS_INFINITY;
-        row_sum[0] = row_sum[1] = 0.0f;
+        row_sum[0] = row_sum[1] = shift[0] = shift[1] = 0.0f;
 #pragma unroll
         for (int j = 0; j < 64; ++j) out[j] = 0.0f;
 

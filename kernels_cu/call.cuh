@@ -17,6 +17,7 @@ struct Call {
     // Weights. Powers of two that keep everything within float16 are in them already and come out in the epilogues.
     const __half* qkv_proj;               // [(Hq + 2 Hkv) D, H]
     const __half* o_proj;                 // [H, Hq D]
+    const unsigned char* k_proj;          // [Hkv D, H], E4M3: those of K times a power of two; null where nothing needs it
     const float* input_norm;              // [H]
     const float* q_norm;                  // [D], times the attention factor of RoPE
     const float* k_norm;                  // [D], likewise
@@ -32,7 +33,7 @@ struct Call {
     int* fault;             // [1], set if a replayed graph runs past the cache or the model's positions
     // Scratch, shared by the layers of a stream.
     int2* rows;         // [B S], x: place in the cache, or PADDING, or FAULT; y: position
-    __half* hidden;     // [B S, 2 parts, H]
+    __half* hidden;     // [B S, 2 parts, H]; the second may be E4M3, and a row so much shorter
     __half* q;          // [PARTS, B S, Hq, D]
     __half* k;          // [PARTS, B, Hkv, scratch_capacity, D]
     __half* v;          // [B, Hkv, scratch_capacity, D], where storage is not float16
@@ -66,6 +67,7 @@ struct Call {
     float eps;         // rms_norm_eps, in units of x^2
     float qkv_unscale;
     float o_unscale;
+    float rest_unscale;  // of products of E4M3
     float score_scale;  // from q' k'^T to base-2 logarithms of weights
     float v_scale;      // on v and attention in float16
     float hidden_unscale, q_norm_unscale, q_rope_unscale, k_norm_unscale, k_rope_unscale;  // for stages

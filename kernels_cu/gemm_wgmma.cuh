@@ -92,21 +92,21 @@ struct Producer {
         }
     }
 
-    // Begin with that of the first tile, which does not depend on kernels before; return for how many steps.
-    __device__ __forceinline__ int begin_weights(const TensorMap* w, int first_n, int k_size, int steps) {
-        const int begun = min(STAGES, steps);
+    // Begin with that of the first tile, which does not depend on kernels before, in the first `room` buffers; return for how
+    // many steps. Afterwards `at` must go back to the beginning.
+    __device__ __forceinline__ int begin_weights(const TensorMap* w, int first_n, int k_size, int steps, int room) {
+        const int begun = min(room, steps);
 #pragma unroll 1
         for (int step = 0; step < begun; ++step, at.advance()) copy_step(w, first_n, step * BLOCK_K % k_size);
-        at = Cursor();
         return begun;
     }
 
-    // Rows first_m on of x.
-    __device__ __forceinline__ void copy_rows(const TensorMap* x, int first_m, int steps) {
+    // Rows first_m on of x, columns k on.
+    __device__ __forceinline__ void copy_rows(const TensorMap* x, int first_m, int k, int steps) {
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
             wait();
-            load_tile(smem + at.stage * STAGE, x, &ring.full[at.stage], step * BLOCK_K, first_m);
+            load_tile(smem + at.stage * STAGE, x, &ring.full[at.stage], k + step * BLOCK_K, first_m);
             at.advance();
         }
     }
@@ -138,22 +138,26 @@ struct Consumer {
         else barrier_arrive_at(empty + stage * static_cast<int>(sizeof(Barrier)));
     }
 
-    // Products of columns 16 First to 16 (First + Count) of one buffer.
-    template <int First, int Count>
-    __device__ __forceinline__ void start_products(Sums& sums, bool add) const {
+    // Products of columns 16 First to 16 (First + Count) of one buffer, or of as many bytes of E4M3.
+    template <int First, int Count, bool OfE4M3 = false, typename S>
+    __device__ __forceinline__ void start_products(S& sums, bool add) const {
         const unsigned stage = at.stage * (STAGE * 2 / 16);
         products_begin();
 #pragma unroll
-        for (int i = First; i < First + Count; ++i) ::multiply(sums, a + stage + i * 2, b + stage + i * 2, add || i > First);
+        for (int i = First; i < First + Count; ++i) {
+            if constexpr (OfE4M3) multiply_e4m3(sums, a + stage + i * 2, b + stage + i * 2, add || i > First);
+            else ::multiply(sums, a + stage + i * 2, b + stage + i * 2, add || i > First);
+        }
         products_commit();
     }
 
-    // The sums of its rows over so many buffers. Tensor cores cut off what does not fit a float32 sum. With Exact the sums of
-    // 32 products are added up outside them, rounded to nearest: eight times closer, for twice the registers.
+    // The sums of its rows over so many buffers; before them, with HasRest, over `rest_steps` of E4M3, times rest_unscale.
+    // Tensor cores cut off what does not fit a float32 sum. With Exact the sums of 32 products are added up outside them,
+    // rounded to nearest: eight times closer, for twice the registers.
     // `meanwhile` is done a few steps before the end, or after it with Exact, to load what comes after; a buffer of x has been
     // waited for by then.
-    template <bool Exact, typename Meanwhile>
-    __device__ __forceinline__ void multiply(int steps, Sums& sums, Meanwhile meanwhile) {
+    template <bool Exact, bool HasRest, typename Meanwhile>
+    __device__ __forceinline__ void multiply(int rest_steps, float rest_unscale, int steps, Sums& sums, Meanwhile meanwhile) {
         if constexpr (Exact) {
             Sums part;
             auto add_up = [&]() {
@@ -177,13 +181,34 @@ struct Consumer {
             meanwhile();
         } else {
             int before = 0;
-            auto take = [&](int step) {
-                wait();
-                start_products<0, 4>(sums, step > 0);
+            auto started = [&](int step) {
                 products_wait<1>();
                 if (step > 0) release(before);
                 before = at.stage;
                 at.advance();
+            };
+            auto end = [&]() {
+                products_wait<0>();
+                settled(sums);
+                release(before);
+            };
+            if constexpr (HasRest) {
+                if (rest_steps > 0) {
+#pragma unroll 1
+                    for (int step = 0; step < rest_steps; ++step) {
+                        wait();
+                        start_products<0, 4, HasRest>(sums, step > 0);
+                        started(step);
+                    }
+                    end();
+#pragma unroll
+                    for (int i = 0; i < BLOCK_N / 2; ++i) sums[i] *= rest_unscale;
+                }
+            }
+            auto take = [&](int step) {
+                wait();
+                start_products<0, 4>(sums, step + rest_steps > 0);
+                started(step);
             };
             const int last = max(steps - 4, 1);
 #pragma unroll 1
@@ -191,9 +216,7 @@ struct Consumer {
             meanwhile();
 #pragma unroll 1
             for (int step = last; step < steps; ++step) take(step);
-            products_wait<0>();
-            settled(sums);
-            release(before);
+            end();
         }
     }
 };

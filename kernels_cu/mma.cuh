@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #define MINUS_INFINITY __int_as_float(static_cast<int>(0xff800000u))
+constexpr float MOST = 8.0f;  // base-2 logarithm of the largest weight of a softmax: in float16 there is room for 15
 
 __device__ __forceinline__ unsigned shared_address(const void* p) {
     return static_cast<unsigned>(__cvta_generic_to_shared(p));

@@ -22,11 +22,21 @@ __device__ __forceinline__ void leave_counters(const Call& call, int tiles) {
     }
 }
 
+// Let the compiler forget what these were unpacked to: it would keep that, for want of registers in memory.
+__device__ __forceinline__ void keep_packed(uint4& raw) {
+    asm volatile("" : "+r"(raw.x));
+    asm volatile("" : "+r"(raw.y));
+    asm volatile("" : "+r"(raw.z));
+    asm volatile("" : "+r"(raw.w));
+}
+
 // Describe and normalise `count` rows of x from row `first` on, in one warp. They are loaded all at once, at most Rows of
 // them; of wider rows than 32 Held vectors the rest is read twice. of_first: sequence 0, which most calls have no other than.
-template <int Rows, int Held>
+// Rest: the type of what rounding to half left over, which stands behind it.
+template <int Rows, int Held, typename Rest = __half>
 __device__ __forceinline__ void normalise_rows(const Call& call, const Sequence& of_first, int first, int count) {
     const int lane = threadIdx.x % 32, num_vectors = call.hidden_size / VECTOR;
+    constexpr float REST_SCALE = sizeof(Rest) == sizeof(E4M3) ? E4M3_SCALE : 1.0f;
     uint4 held[Rows][Held];
 #pragma unroll
     for (int r = 0; r < Rows; ++r)
@@ -36,6 +46,19 @@ __device__ __forceinline__ void normalise_rows(const Call& call, const Sequence&
             const STORAGE* from = call.x + static_cast<long long>(first + r) * call.hidden_size + (lane + 32 * i) * VECTOR;
             held[r][i] = inside ? __ldcg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
         }
+    // The norm's weight for as many vectors as registers hold, ahead of stores that might be to it for all the compiler knows.
+    constexpr int AT_ONCE = Held < 4 ? Held : 4;
+    float scale[AT_ONCE][VECTOR];
+    auto load_scale = [&](int v, float (&one)[VECTOR]) {
+        const float4* from = reinterpret_cast<const float4*>(call.input_norm + v * VECTOR);
+        const float4 pieces[2] = {__ldg(from), __ldg(from + 1)};
+        load8(reinterpret_cast<const float*>(pieces), one);
+    };
+    auto load_scales = [&](int i) {
+#pragma unroll
+        for (int j = 0; j < AT_ONCE; ++j) load_scale(min(lane + 32 * (i + j), num_vectors - 1), scale[j]);
+    };
+    load_scales(0);
     int is_there = 0;
     if (lane < count) {
         const int b = (first + lane) / call.seq;
@@ -53,17 +76,19 @@ __device__ __forceinline__ void normalise_rows(const Call& call, const Sequence&
             for (int j = 0; j < VECTOR; ++j) sum_squares += values[j] * values[j];
         };
 #pragma unroll
-        for (int i = 0; i < Held; ++i) add_squares(reinterpret_cast<const STORAGE*>(&held[0][i]));
+        for (int i = 0; i < Held; ++i) {
+            add_squares(reinterpret_cast<const STORAGE*>(&held[0][i]));
+            keep_packed(held[0][i]);
+        }
 #pragma unroll 4
         for (int v = lane + 32 * Held; v < num_vectors; v += 32) {
             const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(call.x + row_start + v * VECTOR));
             add_squares(reinterpret_cast<const STORAGE*>(&raw));
         }
         const float rstd = 1.0f / sqrtf(warp_sum(sum_squares) / call.hidden_size + call.eps);
-        auto normalise = [&](int v, const STORAGE* from) {
-            float values[VECTOR], scale[VECTOR];
+        auto normalise = [&](int v, const STORAGE* from, const float (&scale)[VECTOR]) {
+            float values[VECTOR];
             load8(from, values);
-            load8(call.input_norm + v * VECTOR, scale);
 #pragma unroll
             for (int j = 0; j < VECTOR; ++j) values[j] = valid ? values[j] * rstd * scale[j] : 0.0f;
 #ifdef COLLECT
@@ -74,19 +99,25 @@ __device__ __forceinline__ void normalise_rows(const Call& call, const Sequence&
                 store8(call.stage_input_norm + row_start + v * VECTOR, natural);
             }
 #endif
-            __half* target = call.hidden + HIDDEN_PARTS * row_start + v * VECTOR;
-            store8(target, values);
+            constexpr int BYTES = sizeof(__half) + sizeof(Rest);
+            __half* target = reinterpret_cast<__half*>(reinterpret_cast<char*>(call.hidden) + BYTES * row_start);
+            store8(target + v * VECTOR, values);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) values[j] -= __half2float(__float2half_rn(values[j]));
-            store8(target + call.hidden_size, values);
+            for (int j = 0; j < VECTOR; ++j) values[j] = (values[j] - __half2float(__float2half_rn(values[j]))) * REST_SCALE;
+            store8(reinterpret_cast<Rest*>(target + call.hidden_size) + v * VECTOR, values);
         };
 #pragma unroll
-        for (int i = 0; i < Held; ++i)
-            if (lane + 32 * i < num_vectors) normalise(lane + 32 * i, reinterpret_cast<const STORAGE*>(&held[0][i]));
+        for (int i = 0; i < Held; ++i) {
+            if (Held > AT_ONCE && i % AT_ONCE == 0) load_scales(i);
+            if (lane + 32 * i < num_vectors)
+                normalise(lane + 32 * i, reinterpret_cast<const STORAGE*>(&held[0][i]), scale[i % AT_ONCE]);
+        }
 #pragma unroll 4
         for (int v = lane + 32 * Held; v < num_vectors; v += 32) {
             const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(call.x + row_start + v * VECTOR));
-            normalise(v, reinterpret_cast<const STORAGE*>(&raw));
+            float rest_scale[VECTOR];
+            load_scale(v, rest_scale);
+            normalise(v, reinterpret_cast<const STORAGE*>(&raw), rest_scale);
         }
 #pragma unroll
         for (int next = 1; next < Rows; ++next)
@@ -268,10 +299,13 @@ __device__ __forceinline__ void finish_head(const Call& call, int m, int2 row, i
         return;
     }
 
-    float sum_squares = 0.0f;
+    float sum_squares[4] = {};  // chains: one of all would keep a lone warp waiting
 #pragma unroll
-    for (int j = 0; j < 2 * HALF_BLOCKS; ++j) sum_squares += values[j][0] * values[j][0] + values[j][1] * values[j][1];
-    const float rstd = rsqrtf(quad_sum(sum_squares) / HEAD_DIM + call.eps);
+    for (int j = 0; j < 2 * HALF_BLOCKS; ++j)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) sum_squares[j % 2 * 2 + e] = fmaf(values[j][e], values[j][e], sum_squares[j % 2 * 2 + e]);
+    const float sum = sum_squares[0] + sum_squares[1] + (sum_squares[2] + sum_squares[3]);
+    const float rstd = rsqrtf(quad_sum(sum) / HEAD_DIM + call.eps);
     const float* weight = is_query ? call.q_norm : call.k_norm;
 #pragma unroll
     for (int j = 0; j < 2 * HALF_BLOCKS; ++j) {

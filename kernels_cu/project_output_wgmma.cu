@@ -70,8 +70,10 @@ project_output_wgmma(const __grid_constant__ Call call, const __grid_constant__ 
     int begun = 0;
     const short* const order = is_ragged ? row_tiles.order : nullptr;
     auto place_of = [&](int tile) { return gemm::place_of(tile, m_tiles, n_tiles, order); };
-    if (producer_warp == 0 && !is_ragged && first_tile < m_tiles * n_tiles && elected())
-        begun = producer.begin_weights(&maps.o_proj, place_of(first_tile).n * BLOCK_N, k_size, steps);
+    if (producer_warp == 0 && !is_ragged && first_tile < m_tiles * n_tiles && elected()) {
+        begun = producer.begin_weights(&maps.o_proj, place_of(first_tile).n * BLOCK_N, k_size, steps, gemm::STAGES);
+        producer.at = {};
+    }
     if (threadIdx.x == 0) prefetch(&maps.attention);
     wait_for_previous_kernel();
     if (is_ragged) {
@@ -86,7 +88,7 @@ project_output_wgmma(const __grid_constant__ Call call, const __grid_constant__ 
                 producer.copy_weights(&maps.o_proj, place_of(tile).n * BLOCK_N, k_size, steps, begun);
         } else if (producer_warp == 1 && elected()) {
             for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round)
-                producer.copy_rows(&maps.attention, place_of(tile).m * gemm::BLOCK_M, steps);
+                producer.copy_rows(&maps.attention, place_of(tile).m * gemm::BLOCK_M, 0, steps);
         } else if (producer_warp == 2 && blockIdx.x == 0) {
             for (int b = lane; b < call.batch; b += 32) advance_length(call, b);
         }
@@ -101,7 +103,7 @@ project_output_wgmma(const __grid_constant__ Call call, const __grid_constant__ 
             gemm::Sums sums;
             uint4 residual[2][VECTORS] = {};
             int slots[2];
-            consumer.multiply<false>(steps, sums, [&] {
+            consumer.multiply<false, false>(0, 0.0f, steps, sums, [&] {
 #pragma unroll
                 for (int half = 0; half < 2; ++half) slots[half] = __ldcg(&call.rows[min(m + 8 * half, num_rows - 1)].x);
                 if (call.residual == nullptr) return;

@@ -2,7 +2,8 @@
 //
 // Grid: any number of clusters. Warps take rows to normalise, then cached keys, from a counter until none is left; then each
 // cluster has every so-many-th tile of the product, and waits for their rows. What a tile waits for was taken by a warp
-// that is running, so the launch ends however few blocks fit the GPU. Tiles of keys come first: they may take twice as long.
+// that is running, so the launch ends however few blocks fit the GPU. Tiles of keys come first: they take half as long again,
+// for products of what rounding x left over, in 8 bits (PARTS 1); with PARTS 2 every tile has both parts of x in 16.
 // Block 384 threads, shared memory GEMM_STAGES x (128 + BLOCK_N) x 64 halves.
 // -D: those of call.cuh, HEAD_DIM 128, BLOCK_N (128 or 256), GEMM_STAGES, CLUSTER, FLOAT32_ANGLES.
 // Tensor-core bound; one read of x and Wqkv from memory, tiles re-read from L2.
@@ -14,19 +15,31 @@ using gemm::VEC;
 static_assert(HEAD_DIM == 128 && BLOCK_N % HEAD_DIM == 0, "a tile holds whole heads");
 
 struct Maps {
-    TensorMap hidden;    // [B S, HIDDEN_PARTS H]
+    TensorMap hidden;    // [B S, both parts of H]
     TensorMap qkv_proj;  // [(Hq + 2 Hkv) 128, H]
+#if PARTS == 1
+    TensorMap k_proj;  // [Hkv 128, H / 2], pairs of E4M3
+#endif
 };
 
+#if PARTS == 1
+using Rest = E4M3;  // of x
+#else
+using Rest = __half;
+#endif
+
 constexpr int PAST_ROWS_A_WARP = 8;
+constexpr int NO_WRAP = 1 << 30;  // of columns of W
 
 // Normalise rows, at most Rows of at most 32 Held vectors, and count them as ready.
 template <int Rows, int Held>
 __device__ __forceinline__ void prepare_rows(const Call& call, const Sequence& of_first, int first, int count) {
-    normalise_rows<Rows, Held>(call, of_first, first, count);
+    normalise_rows<Rows, Held, Rest>(call, of_first, first, count);
     global_to_async();
     __syncwarp();
-    if (threadIdx.x % 32 == 0) add_release(&call.counters[READY + first / gemm::BLOCK_M], count);
+    const int tile = first / gemm::BLOCK_M, in_tile = min(count, (tile + 1) * gemm::BLOCK_M - first);
+    if (threadIdx.x % 32 == 0) add_release(&call.counters[READY + tile], in_tile);
+    if (threadIdx.x % 32 == 0 && in_tile < count) add_release(&call.counters[READY + tile + 1], count - in_tile);
 }
 
 // One head, and half 0 or 1 of a thread's sums of it.
@@ -96,13 +109,19 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
         const int others = tile - m_tiles * key_tiles;
         gemm::Place place = gemm::place_of(others < 0 ? tile : others, m_tiles, others < 0 ? key_tiles : n_tiles - key_tiles,
                                            is_ragged ? row_tiles.order : nullptr);
+        // Others: half of those of queries, those of values, the other half. Values are stored soonest, and with few tiles
+        // they go to the clusters that had keys.
+        const int half = first_key_tile / 2, values = n_tiles - key_tiles - first_key_tile;
         if (others < 0) place.n += first_key_tile;
-        else if (place.n >= first_key_tile) place.n += key_tiles;
+        else if (place.n >= half) place.n += place.n < half + values ? first_key_tile + key_tiles - half : -values;
         return place;
     };
-    auto steps_of = [&](int tile) {
-        return call.hidden_size / gemm::BLOCK_K * (PARTS == 2 || tile < m_tiles * key_tiles ? HIDDEN_PARTS : 1);
-    };
+    const int steps = call.hidden_size / gemm::BLOCK_K * PARTS;
+    // Before them in tiles with keys, of the second part of x as E4M3, two to a column. Other rows of W lie outside of the map.
+    auto rest_steps_of = [&](int tile) { return PARTS == 1 && tile < m_tiles * key_tiles ? (steps + 1) / 2 : 0; };
+#if PARTS == 1
+    auto key_row = [&](int n) { return n - call.num_q_heads * HEAD_DIM; };
+#endif
     const int first_tile = blockIdx.x / CLUSTER, tiles_a_round = gridDim.x / CLUSTER;
 
     const int producer_warp = uniform(threadIdx.x / 32);
@@ -112,17 +131,24 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
     gemm::begin();
     gemm::Producer producer = {ring, smem};
     int begun = 0;
-    if (producer_warp == 0 && !is_ragged && first_tile < m_tiles * n_tiles && elected())
-        begun = producer.begin_weights(&maps.qkv_proj, tile_place(first_tile).n * BLOCK_N, call.hidden_size, steps_of(first_tile));
+    if (producer_warp == 0 && !is_ragged && first_tile < m_tiles * n_tiles && elected()) {
+        const int first_n = tile_place(first_tile).n * BLOCK_N, rest_steps = rest_steps_of(first_tile);
+#if PARTS == 1
+        begun = producer.begin_weights(&maps.k_proj, key_row(first_n), NO_WRAP, rest_steps, gemm::STAGES);
+#endif
+        begun += producer.begin_weights(&maps.qkv_proj, first_n, call.hidden_size, steps, gemm::STAGES - begun);
+        producer.at = {};
+    }
     if (threadIdx.x == 0) prefetch(&maps.hidden);
     wait_for_previous_kernel();
 
-    // A warp takes as many rows as there are to one, to wait for them together. A block's first work is taken at once, a
-    // warp's next before it does what it has.
+    // A warp takes as many rows as there are to one, to wait for them together, or equal parts of them. A block's first work is
+    // taken at once, a warp's next before it does what it has.
     constexpr int MOST_ROWS = 4, NARROW = 4, WIDE = 16;  // rows, vectors of 32 lanes
     const bool narrow = call.hidden_size <= 32 * VECTOR * NARROW;
     const int num_warps = static_cast<int>(gridDim.x) * (gemm::THREADS / 32);
-    const int rows_a_warp = !narrow || num_rows <= num_warps ? 1 : num_rows <= 2 * num_warps ? 2 : MOST_ROWS;
+    const int rounds = (num_rows - 1) / (MOST_ROWS * num_warps) + 1;
+    const int rows_a_warp = narrow ? (num_rows - 1) / (rounds * num_warps) + 1 : 1;
     const int row_items = (num_rows + rows_a_warp - 1) / rows_a_warp;
     const int items = row_items + past_items, share = min(gemm::THREADS / 32, (items - 1) / static_cast<int>(gridDim.x) + 1);
     __shared__ int first_taken;
@@ -146,15 +172,21 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
     if (producer_warp < WARPGROUP / 32) {
         give_registers<gemm::PRODUCER_REGISTERS>();
         if (producer_warp == 0 && elected()) {
-            for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round, begun = 0)
-                producer.copy_weights(&maps.qkv_proj, tile_place(tile).n * BLOCK_N, call.hidden_size, steps_of(tile), begun);
+            for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round, begun = 0) {
+                const int first_n = tile_place(tile).n * BLOCK_N, rest_steps = rest_steps_of(tile);
+#if PARTS == 1
+                producer.copy_weights(&maps.k_proj, key_row(first_n), NO_WRAP, rest_steps, begun);
+#endif
+                producer.copy_weights(&maps.qkv_proj, first_n, call.hidden_size, steps, max(begun - rest_steps, 0));
+            }
         } else if (producer_warp == 1 && elected()) {
             for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round) {
                 const int m_tile = tile_place(tile).m, first_m = m_tile * gemm::BLOCK_M;
                 const int wanted = min(gemm::BLOCK_M, num_rows - first_m);
                 while (wanted > 0 && load_acquire(call.counters + READY + m_tile) < wanted) __nanosleep(50);
                 global_to_async();
-                producer.copy_rows(&maps.hidden, first_m, steps_of(tile));
+                producer.copy_rows(&maps.hidden, first_m, call.hidden_size, rest_steps_of(tile));
+                producer.copy_rows(&maps.hidden, first_m, 0, steps);
             }
         }
         __syncwarp();
@@ -166,7 +198,7 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
             const int m = place.m * gemm::BLOCK_M + consumer.first_row + warp * 16 + lane / 4;
             gemm::Sums sums;
             int2 rows[2];
-            consumer.multiply<PARTS == 2>(steps_of(tile), sums, [&] {
+            consumer.multiply<PARTS == 2, PARTS == 1>(rest_steps_of(tile), call.rest_unscale, steps, sums, [&] {
 #pragma unroll
                 for (int half = 0; half < 2; ++half)
                     rows[half] = m + 8 * half < num_rows ? __ldcg(call.rows + m + 8 * half) : make_int2(PADDING, 0);

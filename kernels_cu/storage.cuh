@@ -3,6 +3,12 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+// A float of 8 bits, 4 of them the exponent's (Micikevicius et al. 2022, arXiv:2209.05433), for what rounding to half leaves.
+struct E4M3 {
+    unsigned char bits;
+};
+constexpr float E4M3_SCALE = 32.0f;  // what halves below 2^15 leave is at most 8; the largest E4M3 is 448
+
 constexpr int VECTOR = 8;  // elements of one load or store
 
 // Convert 8 contiguous elements; `p` must be 16-byte aligned.
@@ -33,6 +39,16 @@ __device__ __forceinline__ void load8(const float* p, float (&out)[VECTOR]) {
     const float4 high = reinterpret_cast<const float4*>(p)[1];
     out[0] = low.x, out[1] = low.y, out[2] = low.z, out[3] = low.w;
     out[4] = high.x, out[5] = high.y, out[6] = high.z, out[7] = high.w;
+}
+
+// From compute capability 8.9 on.
+__device__ __forceinline__ void store8(E4M3* p, const float (&in)[VECTOR]) {
+    unsigned short pairs[VECTOR / 2];
+#pragma unroll
+    for (int i = 0; i < VECTOR / 2; ++i)
+        asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pairs[i]) : "f"(in[2 * i + 1]), "f"(in[2 * i]));
+    *reinterpret_cast<uint2*>(p) = make_uint2(pairs[0] | static_cast<unsigned>(pairs[1]) << 16,
+                                              pairs[2] | static_cast<unsigned>(pairs[3]) << 16);
 }
 
 // Round 8 values to nearest even and store them; `p` must be 16-byte aligned.

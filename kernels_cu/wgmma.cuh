@@ -186,6 +186,20 @@ __device__ __forceinline__ void multiply(float (&d)[32], unsigned long long a, u
                  : SUMS_32(d, 0) : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
+// The same of E4M3, [64, 32] and [N, 32].
+__device__ __forceinline__ void multiply_e4m3(float (&d)[128], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %130, 0;\n\twgmma.mma_async.sync.aligned.m64n256k32.f32.e4m3.e4m3 {" NAMES_128
+                 "}, %128, %129, p, 1, 1;\n\t}"
+                 : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64), SUMS_32(d, 96)
+                 : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ __forceinline__ void multiply_e4m3(float (&d)[64], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %66, 0;\n\twgmma.mma_async.sync.aligned.m64n128k32.f32.e4m3.e4m3 {" NAMES_64
+                 "}, %64, %65, p, 1, 1;\n\t}"
+                 : SUMS_32(d, 0), SUMS_32(d, 32) : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
 // d += a b: a [64, 16] in registers, b [16, 128] in shared memory, transposed for the product.
 __device__ __forceinline__ void multiply_transposed(float (&d)[64], const unsigned (&a)[4], unsigned long long b) {
     asm volatile("wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16 {" NAMES_64 "}, {%64, %65, %66, %67}, %68, 1, 1, 1, 1;"

@@ -38,6 +38,7 @@ INSTRUCTIONS = (
     ("griddepcontrol.", "ptx_griddepcontrol", ""),
     ("prefetch.", "ptx_prefetch", ""),
     ("mad.hi.u32", "ptx_mad", ""),
+    ("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;", "ptx_to_e4m3", ""),
     ("atom.add.", "ptx_atom", ""),
     ("red.release.gpu.global.add.s32 [%0], %1;", "ptx_red", ""),
     ("ld.acquire.gpu.global.s32 %0, [%1];", "ptx_load_acquire", ""),
@@ -99,11 +100,12 @@ INSTRUCTIONS = (
     ("wgmma.wait_group.", "ptx_products_wait", ""),
 )
 # wgmma.mma_async: N, type, sums, A (a number or four in braces), B, whether it adds, which of A (in shared memory only)
-# and B is transposed.
+# and B is transposed, which of 8 bits neither can be.
 PRODUCT = re.compile(
-    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k16\.f32\.(f16|bf16)\.\2 \{([^}]*)\}, (%\d+|\{[^}]*\}), (%\d+), "
-    r"(\w+), 1, 1((?:, [01])+);"
+    r"wgmma\.mma_async\.sync\.aligned\.m64n(\d+)k(?:16\.f32\.(?=b?f)|32\.f32\.(?=e))(f16|bf16|e4m3)\.\2 \{([^}]*)\}, "
+    r"(%\d+|\{[^}]*\}), (%\d+), (\w+), 1, 1((?:, [01])*);"
 )
+PRODUCT_TYPES = {"f16": "__half", "bf16": "__nv_bfloat16", "e4m3": "emulator::E4m3"}
 
 
 def compiler() -> str | None:
@@ -204,15 +206,15 @@ def _product_of(template: str, operands: list[str]) -> str:
     if (
         sums + inputs != [f"%{i}" for i in range(len(operands))]
         or len(sums) != n // 2
-        or len(transposed) != 2 - in_registers
+        or len(transposed) != (0 if match[2] == "e4m3" else 2 - in_registers)
         or match[6] not in (("p",) if predicate else ("0", "1"))
     ):
         raise ValueError(f"the emulator does not know {template!r} with {len(operands)} operands")
     what = f"wgmma of n{n}{' with A in registers' if in_registers else ''}"
     kind = [
-        "__half" if match[2] == "f16" else "__nv_bfloat16",
+        PRODUCT_TYPES[match[2]],
         str(n),
-        *("false" if t == "0" else "true" for t in transposed),
+        *("false" if t == "0" else "true" for t in transposed or ["0", "0"]),
     ]
     places = ", ".join(f"&({sum_})" for sum_ in operands[: len(sums)])
     rest = operands[len(sums) : -1] if predicate else operands[len(sums) :]

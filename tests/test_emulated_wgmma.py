@@ -6,9 +6,9 @@ import emulated_gpu
 import numpy as np
 import pytest
 from conftest import make_hidden
-from test_emulated import HALVES, TAME, WILD, WINDOW, call, config_of, filled_cache, make_layer
+from test_emulated import HALVES, TAME, WILD, WINDOW, call, config_of, filled_cache, held, make_layer
 
-from cupy_attn import cuda, workspace
+from cupy_attn import cuda, reference, workspace
 
 pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
 
@@ -50,6 +50,23 @@ def test_a_prompt(launched, dtype, k_norm_max, seq):
     layer = make_layer(config_of(4, 2, 128, 128), dtype, k_norm_max)
     call(layer, filled_cache(layer, [0], seq + 3), seq)
     assert launched == ["project_qkv_wgmma", "attend_prefill" if seq < 128 else "attend_wgmma", "project_output_wgmma"]
+
+
+@pytest.mark.parametrize("hidden_size", [128, 192])  # of whole copies of 8-bit hidden states, and not
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD], ids=["normal", "precise"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_keys_are_rounded_once(launched, dtype, k_norm_max, hidden_size):
+    """To storage: what rounding hidden states to float16 changes of them has products of its own."""
+    config = config_of(3, 1, 128, hidden_size)  # keys share a tile with queries and values
+    layer = make_layer(config, dtype, k_norm_max)
+    cache, x = layer.new_cache(1, 150), make_hidden(config, 1, 150, dtype=dtype)
+    layer(layer._backend.xp.asarray(x), cache)
+    _, stages = reference.forward(config, layer.weights, x)
+    w_k = layer.weights.qkv_proj[config.q_size : config.q_size + config.kv_size].astype(np.float64)
+    hidden = stages["input_norm"].astype(np.float16).astype(np.float64)
+    rounded_twice = (hidden @ w_k.T).astype(dtype).reshape(1, 150, 1, 128)
+    off, bar = (np.mean(k.astype(np.float64) != stages["k"]) for k in (held(cache, 0)[0], rounded_twice))
+    assert off < bar / 8
 
 
 @pytest.mark.parametrize("window", [40, 130, 1000])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 import emulated_gpu
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -14,7 +15,7 @@ from cupy_attn import kernels
 pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
 
 K_SIZE = 384  # six turns of a ring of two buffers
-N128, N64, REGISTERS, SWIZZLE, MISUSE = range(5)
+N128, N64, REGISTERS, BYTES, SWIZZLE, MISUSE = range(6)
 RIGHT, NO_EMPTY, NO_FULL, EARLY_RELEASE, NO_RELEASE, NO_WAIT = range(6)
 
 # call.seq: what to do; call.window: what to do wrong. One warpgroup copies, another multiplies: a [64, K] and b [N, K],
@@ -26,7 +27,7 @@ KERNEL = """
 struct Maps {
     TensorMap a, b;
 };
-enum { N128, N64, REGISTERS, SWIZZLE, MISUSE };
+enum { N128, N64, REGISTERS, BYTES, SWIZZLE, MISUSE };
 enum { RIGHT, NO_EMPTY, NO_FULL, EARLY_RELEASE, NO_RELEASE, NO_WAIT };
 constexpr int STAGES = 2, A_TILE = 64 * 64, STAGE = A_TILE + 128 * 64;
 
@@ -64,6 +65,8 @@ __device__ void multiply_all(const Call& call, const Maps& maps, __half* smem, B
                     a[f] = *reinterpret_cast<const unsigned*>(call.hidden + (row + f % 2 * 8) * call.hidden_size +
                                                               step * 64 + k * 16 + column + f / 2 * 8);
                 multiply_transposed(sums, a, operand(address + (A_TILE + k * 16 * 64) * 2, 64 * 128));
+            } else if constexpr (Kind == BYTES) {
+                multiply_e4m3(sums, operand(address + k * 32), operand(address + A_TILE * 2 + k * 32), step + k > 0);
             } else {
                 multiply(sums, operand(address + k * 32), operand(address + A_TILE * 2 + k * 32), step + k > 0);
             }
@@ -122,6 +125,7 @@ extern "C" __global__ void trial(const __grid_constant__ Call call, const __grid
     if (call.seq == N128) multiply_all<N128, 128>(call, maps, smem, full, empty);
     if (call.seq == N64) multiply_all<N64, 64>(call, maps, smem, full, empty);
     if (call.seq == REGISTERS) multiply_all<REGISTERS, 128>(call, maps, smem, full, empty);
+    if (call.seq == BYTES) multiply_all<BYTES, 128>(call, maps, smem, full, empty);
     if (call.seq == MISUSE) misuse(call, maps, smem, full);
     if (call.seq == SWIZZLE) {
         if (threadIdx.x == 0) {
@@ -173,6 +177,10 @@ def operands(kind):
     rng = np.random.default_rng(kind)
     n = 64 if kind == N64 else 128
     a, b = rng.standard_normal((64, K_SIZE)).astype(np.float16), rng.standard_normal((n, K_SIZE)).astype(np.float16)
+    if kind == BYTES:  # two to a column
+        wide = [rng.standard_normal((rows, 2 * K_SIZE)).astype(ml_dtypes.float8_e4m3fn) for rows in (64, n)]
+        a, b = (one.view(np.float16) for one in wide)
+        return a, b, wide[0].astype(np.float64) @ wide[1].astype(np.float64).T
     exact = a.astype(np.float64) @ b.T.astype(np.float64)
     return a, np.ascontiguousarray(b.T) if kind == REGISTERS else b, exact
 
@@ -180,11 +188,11 @@ def operands(kind):
 def product(trial, kind, wrong, seed):
     """Return whether the result is right."""
     a, b, exact = operands(kind)
-    y = trial(a, b, 64, 64 if kind != N128 else 128, exact.size, seed, seq=kind, window=wrong)
+    y = trial(a, b, 64, 128 if kind in (N128, BYTES) else 64, exact.size, seed, seq=kind, window=wrong)
     return np.allclose(y.reshape(exact.shape), exact, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", [N128, N64, REGISTERS])
+@pytest.mark.parametrize("kind", [N128, N64, REGISTERS, BYTES])
 def test_products_of_a_ring_of_copies(trial, kind):
     assert all(product(trial, kind, RIGHT, seed) for seed in range(6))
 

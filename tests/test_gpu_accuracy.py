@@ -11,7 +11,7 @@ import functools
 import numpy as np
 import pytest
 from conftest import make_config, make_hidden, make_weights
-from gpu_helpers import HALVES, build_ahead, check, exact, kernels_of, make_layer
+from gpu_helpers import HALVES, build_ahead, check, exact, held, kernels_of, make_layer
 
 import cupy_attn as ca
 from cupy_attn import cuda, reference
@@ -117,6 +117,25 @@ def test_every_published_shape(model, dtype, precise):
     layer = ca.Attention(model_config(model), weights, dtype, "cuda")
     assert layer.precise is precise
     hold(layer, make_hidden(layer.config, 1, 132, dtype=dtype), steps=2)
+
+
+@pytest.mark.parametrize("precise", [False, True], ids=["normal", "precise"])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("model", ["0.6B", "8B"])
+def test_keys_are_rounded_once(model, dtype, precise):
+    """To storage: what rounding hidden states to float16 changes of them has products of its own."""
+    weights = with_k_norm(large_weights(model, dtype), WILD if precise else TAME)
+    config, x = model_config(model), make_hidden(model_config(model), 1, 131, dtype=dtype)
+    layer = ca.Attention(config, weights, dtype, "cuda")
+    cache = layer.new_cache(1, 131)
+    layer(x, cache)
+    wide = x.astype(np.float64)
+    rms = np.sqrt(np.square(wide).mean(-1, keepdims=True) + config.rms_norm_eps)
+    hidden = wide / rms * weights.input_norm.astype(np.float64)
+    w_k = weights.qkv_proj[config.q_size : config.q_size + config.kv_size].astype(np.float64)
+    once, twice = ((h @ w_k.T).astype(x.dtype) for h in (hidden, hidden.astype(np.float16).astype(np.float64)))
+    off, bar = (np.mean(k.reshape(once.shape) != once) for k in (held(cache, 0)[0], twice))
+    assert off < bar / 4
 
 
 @pytest.mark.parametrize("k_norm_max", [TAME, WILD])

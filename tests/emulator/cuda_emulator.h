@@ -573,6 +573,8 @@ inline int atomicAdd(int* place, int value) {
 template <typename T>
 T __ldcg(const T* p) { return *p; }
 template <typename T>
+T __ldg(const T* p) { return *p; }
+template <typename T>
 T __ldcs(const T* p) { return *p; }
 template <typename T>
 void __stcg(T* p, T value) { *p = value; }
@@ -597,15 +599,46 @@ inline size_t __cvta_generic_to_shared(const void* p) {
     return 0;
 }
 
+// A float of 8 bits: sign, 4 of exponent, 3 of mantissa; no infinity, and NaN where all others are set.
+namespace emulator {
+
+struct E4m3 {
+    unsigned char bits;
+
+    operator float() const {
+        const int exponent = bits >> 3 & 15, mantissa = bits & 7;
+        const float size = exponent ? std::ldexp(8.0f + mantissa, exponent - 10) : std::ldexp(1.0f * mantissa, -9);
+        return (bits & 0x7f) == 0x7f ? NAN : bits >> 7 ? -size : size;
+    }
+};
+
+// The nearest, ties to even; what is too large becomes the largest.
+inline unsigned char e4m3(float value) {
+    if (std::isnan(value)) return 0x7f;
+    const float size = std::fabs(value);
+    unsigned char best = 0;
+    for (unsigned char bits = 1; bits < 0x7f; ++bits) {
+        const float nearer = std::fabs(E4m3{best} - size) - std::fabs(E4m3{bits} - size);
+        if (nearer > 0 || (nearer == 0 && bits % 2 == 0)) best = bits;
+    }
+    return best | (std::signbit(value) ? 0x80 : 0);
+}
+
+}  // namespace emulator
+
 // Inline PTX, by its first word.
 
 inline void ptx_griddepcontrol() {}
 inline void ptx_prefetch(const void*) {}
 inline void ptx_nothing(int&) {}
 inline void ptx_nothing(float&) {}
+inline void ptx_nothing(unsigned&) {}
 inline void ptx_fence() {}
 inline void ptx_mad(unsigned& d, unsigned a, unsigned b) {
     d = static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32) + 256;
+}
+inline void ptx_to_e4m3(unsigned short& pair, float high, float low) {
+    pair = static_cast<unsigned short>(emulator::e4m3(high) << 8 | emulator::e4m3(low));
 }
 inline void ptx_atom(int& before, int* place) { before = atomicAdd(place, 1); }
 inline void ptx_red(int* place, int value) { atomicAdd(place, value); }
@@ -687,7 +720,7 @@ template <typename T>
 float element(unsigned pair, int i) {
     const unsigned short bits = static_cast<unsigned short>(i ? pair >> 16 : pair);
     T value;
-    std::memcpy(&value, &bits, 2);
+    std::memcpy(&value, &bits, sizeof value);
     return static_cast<float>(value);
 }
 
@@ -920,31 +953,37 @@ inline void ptx_products_wait(int pending) {
     });
 }
 
+// Elements of 16 columns, of which 8-bit ones are twice as many.
+template <typename T>
+constexpr int columns_of = 32 / sizeof(T);
+
 template <typename T>
 const float* floats_of_bits() {
     static const std::vector<float> floats = [] {
-        std::vector<float> all(1 << 16);
+        std::vector<float> all(1 << 8 * sizeof(T));
         for (unsigned bits = 0; bits < all.size(); ++bits) all[bits] = element<T>(bits, 0);
         return all;
     }();
     return floats.data();
 }
 
-// Read an operand [ROWS, 16] of a descriptor; transposed, its rows are contiguous in shared memory.
+// Read an operand [ROWS, 16], or 32 of 8 bits, of a descriptor; transposed, its rows are contiguous in shared memory.
 template <typename T, int ROWS, bool TRANSPOSED>
-void read_operand(unsigned long long descriptor, float (&operand)[16][ROWS]) {
+void read_operand(unsigned long long descriptor, float (&operand)[columns_of<T>][ROWS]) {
+    constexpr int EACH = 16 / sizeof(T);
+    static_assert(!TRANSPOSED || EACH == 8, "only 16-bit operands can be transposed");
     const auto field = [=](int bit) { return static_cast<unsigned>(descriptor >> bit & 0x3fff) << 4; };
     const unsigned start = field(0), leading = field(16), stride = field(32);
     const float* floats = floats_of_bits<T>();
-    for (int piece = 0; piece < 2 * ROWS; ++piece) {  // 8 elements, 16 bytes
+    for (int piece = 0; piece < 2 * ROWS; ++piece) {  // 16 bytes
         const int row = TRANSPOSED ? piece % (ROWS / 8) * 8 : piece / 2;
-        const int k = TRANSPOSED ? piece / (ROWS / 8) : piece % 2 * 8;
+        const int k = TRANSPOSED ? piece / (ROWS / 8) : piece % 2 * EACH;
         unsigned address = TRANSPOSED ? start + row / 64 * leading + k / 8 * stride + k % 8 * 128 + row % 64 * 2
-                                      : start + row / 8 * stride + row % 8 * 128 + k * 2;
+                                      : start + row / 8 * stride + row % 8 * 128 + k * static_cast<int>(sizeof(T));
         address ^= address >> 3 & 0x70;
-        unsigned short bits[8];
+        std::conditional_t<sizeof(T) == 1, unsigned char, unsigned short> bits[EACH];
         std::memcpy(bits, emulator::shared(address, 16), 16);
-        for (int e = 0; e < 8; ++e) operand[TRANSPOSED ? k : k + e][TRANSPOSED ? row + e : row] = floats[bits[e]];
+        for (int e = 0; e < EACH; ++e) operand[TRANSPOSED ? k : k + e][TRANSPOSED ? row + e : row] = floats[bits[e]];
     }
 }
 
@@ -962,7 +1001,7 @@ struct ProductOperands {
     unsigned registers[4];
 };
 
-// m64nNk16. A is [64, 16], in shared memory or in registers.
+// m64nNk16, or k32 of 8 bits. A is [64, 16], in shared memory or in registers.
 template <typename T, int N, bool IN_REGISTERS, bool A_TRANSPOSED, bool B_TRANSPOSED>
 void warpgroup_product(const char* what, ProductOperands<N> mine) {
     using namespace emulator;
@@ -997,16 +1036,17 @@ void warpgroup_product(const char* what, ProductOperands<N> mine) {
         const bool adds = mine.adds;
         const unsigned long long a_place = mine.a, b_place = mine.b;
         const auto run = [=](float* sums) __attribute__((optimize("O3"))) {
-            static float a[16][64], b[16][N];
+            constexpr int K = columns_of<T>;
+            static float a[K][64], b[K][N];
             if (IN_REGISTERS) {
-                std::memcpy(a, registers.data(), sizeof a);
+                std::memcpy(a, registers.data(), registers.size() * sizeof(float));
             } else {
                 read_operand<T, 64, A_TRANSPOSED>(a_place, a);
             }
             read_operand<T, N, B_TRANSPOSED>(b_place, b);
             for (int row = 0; row < 64; ++row) {
                 double total[N] = {};
-                for (int k = 0; k < 16; ++k)
+                for (int k = 0; k < K; ++k)
                     for (int n = 0; n < N; ++n) total[n] += static_cast<double>(a[k][row]) * b[k][n];
                 for (int n = 0; n < N; ++n) {
                     const int lane = row / 16 * LANES + row % 8 * 4 + n % 8 / 2;
