@@ -15,19 +15,20 @@ from cupy_attn import kernels
 pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
 
 K_SIZE = 384  # six turns of a ring of two buffers
-N128, N64, REGISTERS, BYTES, SWIZZLE, MISUSE = range(6)
+N128, N64, REGISTERS, BYTES, SWIZZLE, CONVERT, MISUSE = range(7)
 RIGHT, NO_EMPTY, NO_FULL, EARLY_RELEASE, NO_RELEASE, NO_WAIT = range(6)
 
 # call.seq: what to do; call.window: what to do wrong. One warpgroup copies, another multiplies: a [64, K] and b [N, K],
 # or b [K, 128] where a is in registers.
 KERNEL = """
 #include "call.cuh"
+#include "storage.cuh"
 #include "wgmma.cuh"
 
 struct Maps {
     TensorMap a, b;
 };
-enum { N128, N64, REGISTERS, BYTES, SWIZZLE, MISUSE };
+enum { N128, N64, REGISTERS, BYTES, SWIZZLE, CONVERT, MISUSE };
 enum { RIGHT, NO_EMPTY, NO_FULL, EARLY_RELEASE, NO_RELEASE, NO_WAIT };
 constexpr int STAGES = 2, A_TILE = 64 * 64, STAGE = A_TILE + 128 * 64;
 
@@ -127,6 +128,13 @@ extern "C" __global__ void trial(const __grid_constant__ Call call, const __grid
     if (call.seq == REGISTERS) multiply_all<REGISTERS, 128>(call, maps, smem, full, empty);
     if (call.seq == BYTES) multiply_all<BYTES, 128>(call, maps, smem, full, empty);
     if (call.seq == MISUSE) misuse(call, maps, smem, full);
+    if (call.seq == CONVERT) {
+        for (int i = threadIdx.x; i < 64 * call.hidden_size / 16; i += blockDim.x) {
+            float values[8];
+            load8(reinterpret_cast<const float*>(call.hidden) + 8 * i, values);
+            store8(reinterpret_cast<E4M3*>(call.partial) + 8 * i, values);
+        }
+    }
     if (call.seq == SWIZZLE) {
         if (threadIdx.x == 0) {
             barrier_expect(full, A_TILE * 2);
@@ -195,6 +203,19 @@ def product(trial, kind, wrong, seed):
 @pytest.mark.parametrize("kind", [N128, N64, REGISTERS, BYTES])
 def test_products_of_a_ring_of_copies(trial, kind):
     assert all(product(trial, kind, RIGHT, seed) for seed in range(6))
+
+
+def test_floats_of_8_bits(trial):
+    """Of every size, ties and what is too large, which becomes the largest, among them."""
+    values = np.random.default_rng(4).standard_normal((64, 64)).astype(np.float32)
+    values *= np.float32(2) ** np.arange(-12, 4).repeat(4)
+    finite = np.arange(256, dtype=np.uint8).view(ml_dtypes.float8_e4m3fn).astype(np.float32)[:127]
+    values[0], values[1, :62] = finite[:64], finite[64:126]
+    values[2], values[3] = -(finite[:64] + finite[1:65]) / 2, (finite[62:126] + finite[63:127]) / 2
+    values[4, :4] = 448, 449, -1e9, np.inf
+    bits = trial(values.view(np.float16), values.view(np.float16), 64, 64, 64 * 64 // 4, seq=CONVERT).view(np.uint8)
+    wanted = np.clip(values, -448, 448).astype(ml_dtypes.float8_e4m3fn).view(np.uint8)
+    np.testing.assert_array_equal(bits.reshape(64, 64), wanted)
 
 
 @pytest.mark.parametrize("wrong", [NO_EMPTY, NO_FULL, EARLY_RELEASE, NO_WAIT])

@@ -615,7 +615,7 @@ struct E4m3 {
 // The nearest, ties to even; what is too large becomes the largest.
 inline unsigned char e4m3(float value) {
     if (std::isnan(value)) return 0x7f;
-    const float size = std::fabs(value);
+    const float size = std::min(std::fabs(value), 448.0f);
     unsigned char best = 0;
     for (unsigned char bits = 1; bits < 0x7f; ++bits) {
         const float nearer = std::fabs(E4m3{best} - size) - std::fabs(E4m3{bits} - size);
