@@ -10,7 +10,7 @@ from cli_helpers import dumped, invoke, layer_of, png_size, read, refused, write
 from conftest import make_config
 
 import cupy_attn as ca
-from cupy_attn import cuda, demo, io, plots
+from cupy_attn import cuda, demo, doctor, io, plots
 from cupy_attn.arrays import STORAGE_DTYPES
 from cupy_attn.bench import MODELS
 from cupy_attn.cpu import CpuBackend
@@ -155,19 +155,27 @@ def test_inspect_refuses_dumps_that_do_not_fit(small, model, tmp_path):
     refused("inspect", model, "--dump", tmp_path / "odd.safetensors", says="they must increase")
 
 
-def test_doctor_finds_this_machine_healthy():
+def compile_one_kernel(monkeypatch) -> None:
+    """Let doctor compile one of the common kernels: all of them take half a minute on two cores."""
+    some = doctor.warmup.common()[:1]
+    monkeypatch.setattr(doctor.warmup, "common", lambda: some)
+
+
+def test_doctor_finds_this_machine_healthy(monkeypatch):
     told = json.loads(invoke("doctor", "--json").stdout)
     assert set(told) == {"versions", "cpu", "gpu", "nvrtc", "cache", "self_test", "ok"}
     assert told["ok"] is True
     assert [row["dtype"] for row in told["self_test"] if row["device"] == "cpu"] == list(STORAGE_DTYPES)
     assert told["gpu"]["usable"] is (cuda.problem() is None)
     assert told["versions"]["cupy_attn"] == ca.__version__
+    compile_one_kernel(monkeypatch)
     printed = invoke("doctor").stdout
     for section in ("versions:", "cpu:", "gpu:", "nvrtc:", "cache:", "self-test"):
         assert f"{section}" in printed
 
 
 def test_doctor_notices_a_layer_that_is_wrong(monkeypatch):
+    compile_one_kernel(monkeypatch)
     usual = CpuBackend.forward
     monkeypatch.setattr(CpuBackend, "forward", lambda *args: usual(*args) * np.float32(np.nan))
     assert "MISSED" in invoke("doctor", status=1).stdout
