@@ -113,7 +113,7 @@ def specialisations(
             one
             for offered in decoding
             for batch, seq in DECODES
-            for one in launch.decode(config, shape, offered, batch, seq)
+            for one in wgmma.decode(config, shape, offered, batch, seq)
         ),
     ]
     return list(dict.fromkeys((one.name, one.macros) for one in launches))
@@ -367,15 +367,21 @@ class CudaBackend:
         call, config = {name: int(filled_in[name][0]) for name in MAPPED}, self._config
         rows, heads = call["batch"] * call["seq"], call["batch"] * config.num_key_value_heads
         v = ("v_cache", "capacity") if self._shape.dtype == "float16" else ("v", "scratch_capacity")
-        matrices = {  # address, columns, rows
+        # Address, columns, rows.
+        qkv_proj = call["qkv_proj"], config.hidden_size, config.q_size + 2 * config.kv_size
+        o_proj = call["o_proj"], config.q_size, config.hidden_size
+        matrices = {
             "hidden": (call["hidden"], wgmma.hidden_columns(config, self._shape), rows),
-            "qkv_proj": (call["qkv_proj"], config.hidden_size, config.q_size + 2 * config.kv_size),
+            "hidden_parts": (call["hidden"], launch.HIDDEN_PARTS * config.hidden_size, rows),
+            "qkv_proj": qkv_proj,
+            "qkv_rows": qkv_proj,
             "k_proj": (call["k_proj"], config.hidden_size // 2, config.kv_size),
             "q": (call["q"], config.q_size, self._shape.parts * rows),
             "k": (call["k"], config.head_dim, self._shape.parts * heads * call["scratch_capacity"]),
             "v": (call[v[0]], config.head_dim, heads * call[v[1]]),
             "attention": (call["attention"], config.q_size, rows),
-            "o_proj": (call["o_proj"], config.q_size, config.hidden_size),
+            "o_proj": o_proj,
+            "o_rows": o_proj,
         }
         return b"".join(tensor_map(*matrices[name], box_rows, by_quads=name.endswith("_proj"))
                         for name, box_rows in one.boxes)  # fmt: skip
@@ -390,7 +396,7 @@ class CudaBackend:
     def _plan_launches(self, plan: Plan, past_tiles: int, *, decode: bool) -> list[Launch]:
         config, shape, limits = self._config, self._shape, self._limits
         if decode:
-            return launch.decode(config, shape, limits, plan.batch, plan.seq)
+            return wgmma.decode(config, shape, limits, plan.batch, plan.seq)
         return wgmma.prefill(config, shape, limits, plan.batch, plan.seq, past_tiles=past_tiles,
                              collect=plan.stages is not None)  # fmt: skip
 
@@ -420,7 +426,8 @@ class CudaBackend:
         }
         counts = [launch.ready_counters(batch * seq)]
         if decode:
-            shares, pieces = launch.decode_pieces(config, batch, seq, launches[1])
+            attend = next(one for one in launches if one.name == "attend_decode")
+            shares, pieces = launch.decode_pieces(config, batch, seq, attend)
             few = [one for one in launches if one.name.endswith("_few")]
             buffers["qkv"] = (batch * seq, (heads + 2 * kv_heads) * dim), np.float32
             partial = max([shares * launch.share_floats(config, seq), *(launch.few_floats(one) for one in few)])

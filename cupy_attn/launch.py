@@ -17,6 +17,7 @@ DECODE_VECTORS = 8  # gemv.cuh: tokens that share one read of the weights
 NORMALISED_ONCE = 4  # decode_project.cu: halves of more would leave attend_decode.cu no room beside them
 GEMV_THREADS = 256
 FEW_ROWS, FEW_THREADS, FEW_CHUNK, FEW_STAGES, MAX_SPLITS = 64, 128, 64, 4, 8  # gemm_few.cuh
+ROW_THREADS = 128  # normalise_row.cuh
 MAX_FEW = 256  # tokens: for more than that, tiles of a matrix product read the weights less often
 GEMM_WARPS, GEMM_BLOCK_K = 4, 64
 DECODE_TILE, DECODE_STAGES = 16, 2  # attend_decode.cu: keys of a warp's tile, tiles of its ring
@@ -273,7 +274,7 @@ def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch:
         return None
     once = batch <= NORMALISED_ONCE and norm + 2 * rows_of_x + GEMV_STATIC_SMEM <= limits.block_smem
     smem = norm + rows_of_x * (2 if once else 1)
-    tiles = _gemv_tiles((4, 3, 2), rows, limits)
+    tiles = _gemv_tiles((4, 3, 2, 5), rows, limits)
     macros = macros_of(plain(shape), TILES=tiles, NORMALISE_ONCE=once and 1)
     return Launch("decode_project", macros, -(-rows // (8 * tiles)) + 1, GEMV_THREADS, smem, overlaps=True)
 
@@ -296,6 +297,9 @@ def _few(name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size
         (n for n in range(1, MAX_SPLITS + 1) if n == 1 or (n <= chunks and tiles * n <= 3 * limits.num_sms)),
         key=lambda n: (-(-tiles * n // limits.num_sms) / n, abs(tiles * n - 2 * limits.num_sms)),
     )
+    # Where a second block fits on each multiprocessor, two with half of the tokens are sooner done than one with all.
+    while groups > 2 and 2 * tiles * splits * -(-tokens // (8 * groups)) <= 2 * limits.num_sms:
+        groups //= 2
     in_clusters = limits.wgmma and splits > 1  # on Hopper: where they were measured
     macros = macros_of(shape, GROUPS=groups, CLUSTERS=in_clusters and 1)
     smem = FEW_STAGES * parts * 8 * groups * FEW_CHUNK * 2
@@ -320,6 +324,12 @@ def project_qkv_few(config: AttentionConfig, shape: Shape, limits: Limits, token
     # A block to normalise each token; whole clusters of them.
     smem = max(one.smem_bytes, _row_bytes(config))
     return dataclasses.replace(one, grid=-(-tokens // one.splits) * one.splits + one.grid, smem_bytes=smem)
+
+
+def normalise_rows(config: AttentionConfig, shape: Shape, tokens: int) -> Launch:
+    """Launch of ``normalise_rows.cu``, which is for Hopper."""
+    macros = macros_of(plain(shape))
+    return Launch("normalise_rows", macros, tokens, ROW_THREADS + 32, _row_bytes(config), overlaps=True)
 
 
 def project_output_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: int) -> Launch:

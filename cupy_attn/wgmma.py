@@ -1,4 +1,4 @@
-"""Launch arithmetic of prefill on Hopper's own units: what ``*_wgmma.cu`` take, and with which tiles.
+"""Launch arithmetic of what runs on Hopper's own units: what ``*_wgmma.cu`` take, and with which tiles.
 
 Needs no GPU. Every formula here has its twin at the top of a file in ``kernels_cu``.
 """
@@ -16,13 +16,18 @@ PORTABLE_VARIABLE = "CUPY_ATTN_PORTABLE"
 
 HEAD_DIM = 128
 BLOCK_M = 128  # rows of x, or queries, of a block
-THREADS = 384
+WARPGROUP, THREADS = 128, 384
 BOX_ROWS = 128  # of W, in one copy, at most
 CLUSTER = 2  # blocks that share what they copy of W
 LEAST_ROWS, LEAST_QUERIES = 64, 128  # of a call, of a sequence: fewer leave most of a tile empty
 STAGES = 2  # attend_wgmma.cu
 PAST_ROWS_A_WARP = 8
 ALIGNMENT = 1024  # of dynamic shared memory; what is static takes no more than that
+# gemm_few_wgmma.cuh: tokens of a warpgroup, rows of W of a cluster, its blocks, buffers of tokens and at most of W; and
+# the tokens of a call that it is taken for, if there are as many weights of q, k and v at all events.
+FEW_TOKENS, FEW_COLUMNS, FEW_SPLITS = 64, (48, 64, 96, 128, 144, 160, 192, 224, 256), (1, 2, 4)
+X_BYTES, MOST_X_STAGES, MOST_W_STAGES = 48 << 10, 16, 20
+LEAST_FEW, MOST_FEW, MANY_WEIGHTS = launch.DECODE_VECTORS + 1, 128, 20 << 20
 
 
 def is_wanted() -> bool:
@@ -110,3 +115,62 @@ def prefill(
     if attends(shape, limits, seq, collect=collect):
         middle = attend(config, shape, limits, batch, seq)
     return [first, middle, last]
+
+
+def _clusters(limits: Limits, blocks: int) -> int:
+    """Return how many clusters run at a time, a block to a multiprocessor: of 4, the 132 of an H200 hold 30."""
+    # They come in groups, of which one that is no multiple of a cluster leaves some over.
+    return max((limits.num_sms if blocks <= 2 else limits.num_sms * 9 // 10) // blocks, 1)
+
+
+def _few(
+    name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size: int, boxes: tuple[str, str], room: int
+) -> Launch:  # fmt: skip
+    """Return the launch of a product of W [rows, k_size] with some tokens.
+
+    ``boxes``: the arrays that are copied, of tokens and of W. ``room``: bytes of shared memory left to other kernels.
+    """
+    token_tiles, chunks = -(-tokens // FEW_TOKENS), -(-k_size // GEMM_BLOCK_K)
+
+    def cost(columns: int, splits: int) -> tuple[int, int]:
+        """Return what the busiest multiprocessor reads, of W and of tokens; and of equals the blocks."""
+        clusters = -(-rows // columns)
+        rounds = -(-clusters // _clusters(limits, splits))
+        return rounds * (columns + FEW_TOKENS) * -(-chunks // splits), clusters * splits
+
+    columns, splits = min(((n, c) for n in FEW_COLUMNS for c in FEW_SPLITS if c <= chunks), key=lambda one: cost(*one))
+    x_rows, share = -(-tokens // 8) * 8, -(-chunks // splits)
+    x_tile, w_tile = x_rows * GEMM_BLOCK_K * 2, columns * GEMM_BLOCK_K * 2
+    x_bytes = min(X_BYTES // x_tile, MOST_X_STAGES, 2 * share) * x_tile
+    w_bytes = min((limits.block_smem - ALIGNMENT - room - x_bytes) // w_tile, MOST_W_STAGES, share) * w_tile
+    # The last tile of tokens is read as if it had all rows; and sums are of 16 tokens each, a power of two of them.
+    least = max(x_bytes - x_tile + token_tiles * FEW_TOKENS * GEMM_BLOCK_K * 2,
+                columns * 64 << (-(-tokens // 16) - 1).bit_length())  # fmt: skip
+    settings = macros_of(shape, BLOCK_N=columns, TOKEN_TILES=token_tiles)
+    return Launch(name, settings, -(-rows // columns) * splits, WARPGROUP * token_tiles + 64,
+                  max(x_bytes + w_bytes, least), overlaps=True, splits=splits,
+                  boxes=((boxes[0], x_rows), (boxes[1], columns)))  # fmt: skip
+
+
+def projects_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: int) -> bool:
+    """Return whether both projections of so many tokens run on ``project_*_few_wgmma.cu``."""
+    fits = config.hidden_size % GEMM_BLOCK_K == 0 and launch.multiplies_few(config, limits)
+    plain = not shape.precise and not shape.batch_invariant
+    enough = tokens >= LEAST_FEW or (config.q_size + 2 * config.kv_size) * config.hidden_size >= MANY_WEIGHTS
+    return limits.wgmma and fits and plain and enough and tokens <= MOST_FEW
+
+
+def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int) -> list[Launch]:
+    """Return the launches of a call of one token a sequence, or a few: ``launch.decode``'s where these do not fit."""
+    first, middle, last = launch.decode(config, shape, limits, batch, seq)
+    tokens = batch * seq
+    if not projects_few(config, shape, limits, tokens):
+        return [first, middle, last]
+    rows = launch.normalise_rows(config, shape, tokens)
+    # Blocks of both fit a multiprocessor, if rows are not too long: weights are on their way while they are normalised.
+    room = min(rows.smem_bytes + launch.RESERVED_SMEM + ALIGNMENT, limits.block_smem // 4)
+    first = _few("project_qkv_few_wgmma", shape, limits, tokens, config.q_size + 2 * config.kv_size, config.hidden_size,
+                 ("hidden_parts", "qkv_rows"), room)  # fmt: skip
+    last = _few("project_output_few_wgmma", shape, limits, tokens, config.hidden_size, config.q_size,
+                ("attention", "o_rows"), room)  # fmt: skip
+    return [rows, first, middle, last]

@@ -19,17 +19,14 @@
 // HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT (shares.cuh). Memory bound: one read of K and
 // V. Next come the instructions that make k', so scores are k' q'^T and sums v^T p^T: keys and dims are the rows of
 // products, queries, of which there are few, the columns. Even squares of keys are products: the diagonal of k k^T.
+#include "decode_queries.cuh"
 #include "decode_sums.cuh"
-#include "reduce.cuh"
-#include "rope.cuh"
-#include "storage.cuh"
 
 // A thread of decode_project.cu has 88: both kernels fit a multiprocessor, and this one begins before that ends.
 // More than 8 warps are 3 to a quarter of a multiprocessor, which has registers for 168 of each of their threads.
 constexpr bool SHORT_OF_REGISTERS = OVERLAPPING && (WARPS > 8 || (HEAD_DIM <= 128 && HEAD_TILES == 1 && IS_ONE));
 constexpr int MOST_REGISTERS = SHORT_OF_REGISTERS ? 168 : 255;
 constexpr int D_BLOCKS = HEAD_DIM / 8;
-constexpr int HALF_BLOCKS = HEAD_DIM / 16;
 
 // A value the compiler takes to be unknown until here.
 __device__ __forceinline__ int work_out_here(int value) {
@@ -53,21 +50,6 @@ __device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
     copies_commit();
 }
 
-// Rows past the last query head: their scores must be numbers.
-__device__ __forceinline__ void clear_queries(Shared& shared) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.q) / 16); i += THREADS)
-        reinterpret_cast<uint4*>(shared.q)[i] = make_uint4(0, 0, 0, 0);
-}
-
-// Step j of a score takes 8 dims of the lower half of a head and the 8 they are rotated with: block j and block j +
-// HALF_BLOCKS. Query heads 8 t to 8 t + 7 as the B fragments of steps j and j + 1.
-__device__ __forceinline__ void load_queries(unsigned (&frag)[4], const __half* q, int t, int j) {
-    const int lane = threadIdx.x % 32;
-    const int block = min(j + lane / 16, HALF_BLOCKS - 1) + lane / 8 % 2 * HALF_BLOCKS;  // an odd last step: read, not used
-    load_matrices(frag, q + (8 * t + lane % 8) * STRIDE + block * 8);
-}
-
 extern "C" __global__ void __maxnreg__(MOST_REGISTERS)
 attend_decode(const __grid_constant__ Call call)
 {
@@ -75,6 +57,9 @@ attend_decode(const __grid_constant__ Call call)
     Shared& shared = *reinterpret_cast<Shared*>(smem);
     __shared__ bool is_last;
     __shared__ int2 runs;  // of a head: the first block, or piece, that has a part in it, and how many have
+    // What is not needed within a head, since registers are short: where the first warp entered it, and how all is shared out.
+    __shared__ Cursor here;
+    __shared__ Shares kept_shares;
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
     const int group = call.num_q_heads / call.num_kv_heads;
@@ -83,17 +68,12 @@ attend_decode(const __grid_constant__ Call call)
     const SequenceTiles mine = sequence_tiles(call, lane);
     const Shares shares = share_out(call, heads_a_sequence, mine);
     Cursor at;
-    if (!find(call, shares, heads_a_sequence, mine, blockIdx.x * shares.size, at)) {
+    if (!find(call, shares, mine, blockIdx.x * shares.size, at)) {
         wait_for_previous_kernel();  // the next kernel takes the end of this one for the end of that one, too
         return;
     }
     copy_tables(call, shared);
 
-    // q, k and v of a new token.
-    const auto qkv_of = [&](int b, int token) {
-        const int m = IS_ONE ? b : b * call.seq + token;
-        return call.qkv + static_cast<long long>(m) * (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
-    };
     // Copying: `ahead` is up to STAGES tiles before the one in use. Positions come with k: a load to registers under way
     // would be waited for with whatever shares its scoreboard.
     const unsigned long long policy = read_once();
@@ -139,7 +119,7 @@ attend_decode(const __grid_constant__ Call call)
                 const bool is_v = i >= PIECES;
                 const int d = (is_v ? i - PIECES : i) * VECTOR;
                 float values[VECTOR];
-                load8(qkv_of(to.b, slot - past) +
+                load8(qkv_of(call, to.b, slot - past) +
                           (call.num_q_heads + (is_v ? call.num_kv_heads : 0) + kv_head_idx) * HEAD_DIM + d, values);
                 STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
                 store8(target + place_of(slot - to.slot, d / VECTOR), values);
@@ -151,9 +131,9 @@ attend_decode(const __grid_constant__ Call call)
             if (IS_ONE) break;
         }
     };
-    const auto find_tile = [&](Cursor& to) {  // this warp's next, be it of another head
+    const auto find_tile = [&](Cursor& to, const Shares& shares) {  // this warp's next, be it of another head
         bool is_there = true;
-        while (is_there && to.slot >= to.end) is_there = next_head(call, heads_a_sequence, to);
+        while (is_there && to.slot >= to.end) is_there = next_head(call, shares, to);
         return is_there;
     };
 
@@ -165,7 +145,7 @@ attend_decode(const __grid_constant__ Call call)
     // The first tile of the ring. More of them would be in the way of the last stores of the kernel before this one, which
     // stand in line behind copies of the same multiprocessor, and new tokens come from there.
     Cursor own_first = at;
-    const bool has_own = find_tile(own_first);
+    const bool has_own = find_tile(own_first, shares);
 #pragma unroll 1
     for (int is_v = 0; is_v < 2; ++is_v) {
         if (has_own) copy(own_first, 0, is_v);
@@ -173,11 +153,14 @@ attend_decode(const __grid_constant__ Call call)
     }
     Cursor ahead = own_first;
     if (has_own) go_on(ahead);
-    bool more = has_own && find_tile(ahead);
+    bool more = has_own && find_tile(ahead, shares);
+    if (threadIdx.x == 0) kept_shares = shares;
     const auto find_runs = [&](const Cursor& to) {
         if (threadIdx.x > 0) return;
+        const Shares shares = kept_shares;
+        here = to;
         runs.x = BY_PIECES ? to.begin : to.begin / shares.size;
-        runs.y = BY_PIECES ? to.width : (to.begin + to.width - 1) / shares.size - runs.x + 1;
+        runs.y = BY_PIECES ? to.width : (to.begin + to.width - shares.crossing - 1) / shares.size - runs.x + 1;
     };
     find_runs(at);
     clear_queries(shared);
@@ -185,51 +168,7 @@ attend_decode(const __grid_constant__ Call call)
     if (counts_on) new_at += at.count;
     if (has_own) append(own_first, 0);
 
-    // Normalise the queries of a head, a warp to a row; and rotate those of earlier tokens as if they stood where the
-    // last does, distances being positive; or, where angles must be those of transformers, each to its own place.
-    const auto normalise_queries = [&](const Cursor& to) {
-        const int rows = min(ROWS, (IS_ONE ? group : group * to.count) - to.first_row);  // less those of padding
-        for (int r = warp; r < ROWS; r += WARPS) {  // zeros past the last
-            const int query = to.first_row + r, token = IS_ONE ? 0 : query / group;
-            const float* const q = qkv_of(to.b, token) + (to.kv_head_idx * group + query - token * group) * HEAD_DIM;
-            float4 values[(HEAD_DIM + 127) / 128];
-            float sum_squares = 0.0f;
-#pragma unroll
-            for (int i = 0; i < (HEAD_DIM + 127) / 128; ++i) {
-                const int d = 4 * lane + 128 * i;
-                values[i] = r < rows && d < HEAD_DIM ? *reinterpret_cast<const float4*>(q + d) : make_float4(0, 0, 0, 0);
-                const float4 v = values[i];
-                sum_squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
-            }
-            const float rstd = rsqrtf(warp_sum(sum_squares) * (1.0f / HEAD_DIM) + call.eps);
-#pragma unroll
-            for (int i = 0; i < (HEAD_DIM + 127) / 128; ++i) {
-                const int d = 4 * lane + 128 * i;
-                if (d >= HEAD_DIM) break;
-                const float4 v = values[i], weight = *reinterpret_cast<const float4*>(call.q_norm + d);
-                *reinterpret_cast<float4*>(shared.q_norm + r * HEAD_DIM + d) = make_float4(
-                    v.x * rstd * weight.x, v.y * rstd * weight.y, v.z * rstd * weight.z, v.w * rstd * weight.w);
-            }
-            if (!IS_ONE && token < to.count) {
-                __syncwarp();
-                const int position = new_position(call, to.b, to.past, token);
-                float* const low = shared.q_norm + r * HEAD_DIM;
-#pragma unroll 1
-                for (int pair = lane; pair < PAIRS; pair += 32) {
-                    const uint2 frequency = reinterpret_cast<const uint2*>(call.frequency)[pair];
-                    float cosine, sine;
-#ifdef FLOAT32_ANGLES
-                    rotation(position, frequency, cosine, sine);
-#else
-                    rotation(new_position(call, to.b, to.past, to.count - 1) - position, frequency, cosine, sine);
-                    sine = -sine;
-#endif
-                    rotate(low[pair], low[pair + PAIRS], cosine, sine);
-                }
-            }
-        }
-    };
-    normalise_queries(at);
+    normalise_queries(call, shared, at, group);
     copies_wait<2>();  // for all but the tile
     let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
     __syncthreads();
@@ -238,36 +177,6 @@ attend_decode(const __grid_constant__ Call call)
     bool is_k_ahead = false;  // the k of the next tile has been asked for
     while (true) {
         const int rows = min(ROWS, queries - at.first_row);
-
-        // Rotate the queries for a tile whose first key is `distance` behind them.
-        const auto rotate_queries = [&](int distance) {
-            __half* const target = shared.q[warp][0];
-#pragma unroll
-            for (int i = 0; i < (PAIRS / 2 + 31) / 32; ++i) {
-                const int d = 2 * (lane + 32 * i);
-                if (d >= PAIRS) break;
-                const uint4 frequency = *reinterpret_cast<const uint4*>(shared.frequency + d);
-                float2 cosine, sine;
-                rotation(distance, make_uint2(frequency.x, frequency.y), cosine.x, sine.x);
-                rotation(distance, make_uint2(frequency.z, frequency.w), cosine.y, sine.y);
-#pragma unroll 1
-                for (int two = 0; two < rows; two += 2)
-#pragma unroll
-                for (int r = two; r < two + 2; ++r) {
-                    const float2 a = *reinterpret_cast<const float2*>(shared.q_norm + r * HEAD_DIM + d);
-                    const float2 c = *reinterpret_cast<const float2*>(shared.q_norm + r * HEAD_DIM + d + PAIRS);
-                    const float2 low = make_float2(a.x * cosine.x - c.x * sine.x, a.y * cosine.y - c.y * sine.y);
-                    const float2 high = make_float2(c.x * cosine.x + a.x * sine.x, c.y * cosine.y + a.y * sine.y);
-                    const unsigned low_pair = pack(low.x, low.y), high_pair = pack(high.x, high.y);
-                    unsigned* place = reinterpret_cast<unsigned*>(target + r * STRIDE + d);
-                    place[0] = low_pair, place[PAIRS / 2] = high_pair;
-                    if (PARTS == 2) {
-                        place[ROWS * STRIDE / 2] = pack_rest(low.x, low.y, low_pair);
-                        place[ROWS * STRIDE / 2 + PAIRS / 2] = pack_rest(high.x, high.y, high_pair);
-                    }
-                }
-            }
-        };
 
         float out[HEAD_TILES][D_BLOCKS / 2][4];  // [.][16 dims]: dims l / 4 and 8 more, heads 2 (l % 4) + {0, 1}
 #pragma unroll
@@ -281,8 +190,8 @@ attend_decode(const __grid_constant__ Call call)
         // Whether no key was seen yet: one new token sees all that are; of several, and by window, each its own.
         bool nothing_seen[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
         int seen_from[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
-        const auto token_of = [&](int t, int e) {
-            return IS_ONE ? 0 : min((at.first_row + 8 * t + 2 * quad + e) / group, at.count - 1);
+        const auto token_of = [&](int t, int e) {  // worked out where it is needed, which is seldom: registers are short
+            return IS_ONE ? 0 : min((work_out_here(at.first_row) + 8 * t + 2 * quad + e) / group, at.count - 1);
         };
 #pragma unroll
         for (int t = 0; t < (IS_ONE ? 1 : HEAD_TILES); ++t)
@@ -306,7 +215,7 @@ attend_decode(const __grid_constant__ Call call)
             }
             is_k_ahead = false;
             if (more) append(ahead, stage ^ 1), go_on(ahead);
-            more = more && find_tile(ahead);
+            more = more && find_tile(ahead, kept_shares);
             copies_wait<3>();  // k of this tile; v and the next tile's k and v may be on their way
             __syncwarp();
             const STORAGE* const k_smem = shared.ring[warp][stage].k;
@@ -364,9 +273,9 @@ attend_decode(const __grid_constant__ Call call)
                 constexpr bool gaps = false;
 #endif
 #ifdef FLOAT32_ANGLES
-                rotate_queries(IS_ONE ? new_at : 0);
+                rotate_queries(shared, rows, IS_ONE ? new_at : 0);
 #else
-                rotate_queries(new_at - base);
+                rotate_queries(shared, rows, new_at - base);
 #endif
                 __syncwarp();
                 if (at.slot + WARPS * TILE < at.end && !is_k_ahead) {  // the last tile makes room for what the warp found
@@ -550,7 +459,8 @@ attend_decode(const __grid_constant__ Call call)
             }
         }
         __syncthreads();
-        const int first_run = runs.x, num_runs = runs.y, head_idx = at.b * heads_a_sequence + at.head;
+        at = here;  // but for the place of this warp
+        const int first_run = runs.x, num_runs = runs.y, head_idx = at.b * kept_shares.heads + at.head;
         const auto attention_of = [&](int i) {  // of element i of the queries, one after the other
             const int query = at.first_row + i / HEAD_DIM, token = IS_ONE ? 0 : query / group;
             const long long m = IS_ONE ? at.b : static_cast<long long>(at.b) * call.seq + token;
@@ -579,9 +489,9 @@ attend_decode(const __grid_constant__ Call call)
             }
         }
         Cursor next = at;
-        const bool goes_on = at.left > 0 && next_head(call, heads_a_sequence, next);
+        const bool goes_on = at.left > 0 && next_head(call, kept_shares, next);
         if (goes_on) {
-            normalise_queries(next);
+            normalise_queries(call, shared, next, group);
             new_at = new_position(call, next.b, next.past, next.count - 1);
         }
         __syncthreads();

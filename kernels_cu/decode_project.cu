@@ -13,7 +13,7 @@
 
 constexpr int ROWS = gemv::TILE * TILES;  // of a block
 using Memory = gemv::WarpMemory<TILES>;
-constexpr int UNROLL = TILES == 4 ? 2 : 3;
+constexpr int UNROLL = TILES == 5 ? 1 : TILES == 4 ? 2 : 3;  // steps of W under way to registers
 
 // Elements between vectors: half a bank cycle apart, so that two vectors a 16-byte read touches do not collide.
 __device__ __forceinline__ int stride_of(int hidden_size) { return (hidden_size + 63) / 64 * 64 + 32; }
@@ -114,10 +114,11 @@ decode_project(const __grid_constant__ Call call)
 #endif
     });
     __syncthreads();
-    const int b = threadIdx.x / ROWS, n = first + threadIdx.x % ROWS;
-    static_assert(ROWS * gemv::MAX_VECTORS <= gemv::THREADS, "a thread to a sum");
-    if (b < num_tokens && n < total_rows)
-        call.qkv[static_cast<long long>(b) * total_rows + n] =
-            gemv::sum_of_warps(memory, threadIdx.x) * call.qkv_unscale +
-            (call.qkv_bias != nullptr ? call.qkv_bias[n] : 0.0f);
+#pragma unroll
+    for (int i = threadIdx.x; i < ROWS * gemv::MAX_VECTORS; i += gemv::THREADS) {
+        const int b = i / ROWS, n = first + i % ROWS;
+        if (b < num_tokens && n < total_rows)
+            call.qkv[static_cast<long long>(b) * total_rows + n] =
+                gemv::sum_of_warps(memory, i) * call.qkv_unscale + (call.qkv_bias != nullptr ? call.qkv_bias[n] : 0.0f);
+    }
 }

@@ -17,13 +17,15 @@ constexpr int STEP = 32;  // k of a warp at a time; its next steps lie WARPS ste
 // The k at which this thread's 8 elements of a step begin.
 __device__ __forceinline__ int first_k(int step) { return step * STEP + threadIdx.x % 4 * 8; }
 
-constexpr int LATER = 2;  // steps of W on their way to shared memory, since registers are short
+// Steps of W on their way to shared memory, since registers are short; of many rows one, so that two blocks fit there.
+template <int Tiles>
+constexpr int LATER = Tiles > 4 ? 1 : 2;
 
 // What a warp has there: steps, as each lane copies its part of them; at last its sums, [MAX_VECTORS, 8 Tiles].
 template <int Tiles>
 struct alignas(16) WarpMemory {
     union {
-        uint4 steps[LATER][Tiles][32];
+        uint4 steps[LATER<Tiles>][Tiles][32];
         float sums[MAX_VECTORS * TILE * Tiles];
     };
 };
@@ -32,7 +34,7 @@ struct alignas(16) WarpMemory {
 // memory at a time.
 template <int Tiles, int Unroll>
 struct Rows {
-    static constexpr int DEPTH = Unroll + LATER;
+    static constexpr int DEPTH = Unroll + LATER<Tiles>;
     const __half* mine;  // of this thread's row of the first tile
     int rows_left, k_size;
     WarpMemory<Tiles>& own;
@@ -47,7 +49,7 @@ struct Rows {
 #pragma unroll
         for (int u = 0; u < Unroll; ++u) load(loaded[u], first_k(threadIdx.x / 32 + u * WARPS));
 #pragma unroll
-        for (int u = 0; u < LATER; ++u) copy<true>(own.steps[u], first_k(threadIdx.x / 32 + (Unroll + u) * WARPS));
+        for (int u = 0; u < LATER<Tiles>; ++u) copy<true>(own.steps[u], first_k(threadIdx.x / 32 + (Unroll + u) * WARPS));
     }
 
     __device__ __forceinline__ void load(uint4 (&step)[Tiles], int k) {
@@ -93,7 +95,7 @@ struct Rows {
                 for (int u = 0; u < AtOnce; ++u) {
                     const int step = some + u, next_k = first_k(first + (DEPTH + step) * WARPS);
                     uint4 w[Tiles];
-                    if (step >= Unroll) copies_wait<LATER - 1>();  // each lane reads what it has copied
+                    if (step >= Unroll) copies_wait<LATER<Tiles> - 1>();  // each lane reads what it has copied
 #pragma unroll
                     for (int t = 0; t < Tiles; ++t)
                         w[t] = step < Unroll ? loaded[step % Unroll][t] : own.steps[max(step - Unroll, 0)][t][lane];

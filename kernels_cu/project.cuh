@@ -31,8 +31,9 @@ __device__ __forceinline__ void keep_packed(uint4& raw) {
 }
 
 // Describe and normalise `count` rows of x from row `first` on, in one warp. They are loaded all at once, at most Rows of
-// them; of wider rows than 32 Held vectors the rest is read twice. of_first: sequence 0, which most calls have no other than.
-// Rest: the type of what rounding to half left over, which stands behind it.
+// them; of a lone row that is wider than 32 Held vectors the rest is read twice. of_first: sequence 0, which most calls have no
+// other than. Rest: the type of what rounding to half left over, which stands behind it. Rows of padding may become anything:
+// nothing that comes of them is stored.
 template <int Rows, int Held, typename Rest = __half>
 __device__ __forceinline__ void normalise_rows(const Call& call, const Sequence& of_first, int first, int count) {
     const int lane = threadIdx.x % 32, num_vectors = call.hidden_size / VECTOR;
@@ -47,26 +48,27 @@ __device__ __forceinline__ void normalise_rows(const Call& call, const Sequence&
             held[r][i] = inside ? __ldcg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
         }
     // The norm's weight for as many vectors as registers hold, ahead of stores that might be to it for all the compiler knows.
-    constexpr int AT_ONCE = Held < 4 ? Held : 4;
+    constexpr int AT_ONCE = Held < 8 ? 2 : 4;
+    static_assert(Held % AT_ONCE == 0, "whole turns");
     float scale[AT_ONCE][VECTOR];
     auto load_scale = [&](int v, float (&one)[VECTOR]) {
         const float4* from = reinterpret_cast<const float4*>(call.input_norm + v * VECTOR);
         const float4 pieces[2] = {__ldg(from), __ldg(from + 1)};
         load8(reinterpret_cast<const float*>(pieces), one);
     };
-    auto load_scales = [&](int i) {
 #pragma unroll
-        for (int j = 0; j < AT_ONCE; ++j) load_scale(min(lane + 32 * (i + j), num_vectors - 1), scale[j]);
-    };
-    load_scales(0);
-    int is_there = 0;
+    for (int j = 0; j < AT_ONCE; ++j) load_scale(min(lane + 32 * j, num_vectors - 1), scale[j]);
+    [[maybe_unused]] int2 own_row = make_int2(PADDING, 0);  // lane r's is that of row r
     if (lane < count) {
         const int b = (first + lane) / call.seq;
-        is_there = describe_row(call, first + lane, b == 0 ? of_first : sequence(call, b)).x >= 0;
+        own_row = describe_row(call, first + lane, b == 0 ? of_first : sequence(call, b));
     }
+    const bool may_be_wider = Rows == 1;
 #pragma unroll 1
     for (int r = 0; r < count; ++r) {
-        const bool valid = __shfl_sync(0xffffffffu, is_there, r);
+#ifdef COLLECT
+        const bool valid = __shfl_sync(0xffffffffu, own_row.x, r) >= 0;
+#endif
         const long long row_start = static_cast<long long>(first + r) * call.hidden_size;
         float sum_squares = 0.0f;
         auto add_squares = [&](const STORAGE* from) {
@@ -80,8 +82,8 @@ __device__ __forceinline__ void normalise_rows(const Call& call, const Sequence&
             add_squares(reinterpret_cast<const STORAGE*>(&held[0][i]));
             keep_packed(held[0][i]);
         }
-#pragma unroll 4
-        for (int v = lane + 32 * Held; v < num_vectors; v += 32) {
+#pragma unroll 1
+        for (int v = lane + 32 * Held; may_be_wider && v < num_vectors; v += 32) {
             const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(call.x + row_start + v * VECTOR));
             add_squares(reinterpret_cast<const STORAGE*>(&raw));
         }
@@ -90,7 +92,7 @@ __device__ __forceinline__ void normalise_rows(const Call& call, const Sequence&
             float values[VECTOR];
             load8(from, values);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) values[j] = valid ? values[j] * rstd * scale[j] : 0.0f;
+            for (int j = 0; j < VECTOR; ++j) values[j] = values[j] * rstd * scale[j];
 #ifdef COLLECT
             if (valid) {
                 float natural[VECTOR];
@@ -106,14 +108,21 @@ __device__ __forceinline__ void normalise_rows(const Call& call, const Sequence&
             for (int j = 0; j < VECTOR; ++j) values[j] = (values[j] - __half2float(__float2half_rn(values[j]))) * REST_SCALE;
             store8(reinterpret_cast<Rest*>(target + call.hidden_size) + v * VECTOR, values);
         };
+        // A loop, as instructions that run once or twice come late; the weight of later vectors is loaded as registers are free.
+#pragma unroll 1
+        for (int some = 0; some < Held; some += AT_ONCE) {
 #pragma unroll
-        for (int i = 0; i < Held; ++i) {
-            if (Held > AT_ONCE && i % AT_ONCE == 0) load_scales(i);
-            if (lane + 32 * i < num_vectors)
-                normalise(lane + 32 * i, reinterpret_cast<const STORAGE*>(&held[0][i]), scale[i % AT_ONCE]);
+            for (int j = 0; j < AT_ONCE; ++j) {
+                const int v = lane + 32 * (some + j);
+                if (v < num_vectors) normalise(v, reinterpret_cast<const STORAGE*>(&held[0][j]), scale[j]);
+                // After the last those of the first, for the next row.
+                load_scale(min(some + AT_ONCE < Held ? v + 32 * AT_ONCE : lane + 32 * j, num_vectors - 1), scale[j]);
+            }
+#pragma unroll
+            for (int j = AT_ONCE; j < Held; ++j) held[0][j - AT_ONCE] = held[0][j];
         }
-#pragma unroll 4
-        for (int v = lane + 32 * Held; v < num_vectors; v += 32) {
+#pragma unroll 1
+        for (int v = lane + 32 * Held; may_be_wider && v < num_vectors; v += 32) {
             const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(call.x + row_start + v * VECTOR));
             float rest_scale[VECTOR];
             load_scale(v, rest_scale);

@@ -7,58 +7,10 @@
 // memory: STAGES x 2 x 8 GROUPS x 64 halves, and not less than H floats and H STORAGE. -D: those of gemm_few.cuh. Memory
 // bound: one read of Wqkv, some of it before the kernel ahead has ended.
 #include "gemm_few.cuh"
-#include "reduce.cuh"
-#include "storage.cuh"
+#include "normalise_row.cuh"
 
-constexpr int HIDDEN_PARTS = 2;  // as in project.cuh
-enum { DONE, READY, SPLIT };     // counters: blocks that have seen that all rows are ready, rows that are, tiles
-
-// Describe row m of x and normalise it, all threads of a block together. Few instructions: they come from memory, behind
-// everybody's weights.
-__device__ __forceinline__ void normalise_row(const Call& call, int m, char* smem) {
-    __shared__ float of_warps[few::WARPS];
-    const int size = call.hidden_size;
-    float* const scale = reinterpret_cast<float*>(smem);
-    STORAGE* const x = reinterpret_cast<STORAGE*>(scale + size);
-    for (int i = threadIdx.x * 4; i < size; i += few::THREADS * 4) copy16_async(scale + i, call.input_norm + i, true);
-    wait_for_previous_kernel();
-    let_next_kernel_begin();
-    for (int i = threadIdx.x * VECTOR; i < size; i += few::THREADS * VECTOR)
-        copy16_async(x + i, call.x + static_cast<long long>(m) * size + i, true);
-    copies_commit();
-    if (threadIdx.x == 0) describe_row(call, m, sequence(call, m / call.seq));
-    copies_wait<0>();  // each thread reads what it has copied
-    float sum_squares = 0.0f;
-#pragma unroll 1
-    for (int i = threadIdx.x * VECTOR; i < size; i += few::THREADS * VECTOR) {
-        float values[VECTOR];
-        load8(x + i, values);
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) sum_squares += values[j] * values[j];
-    }
-    sum_squares = warp_sum(sum_squares);
-    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = sum_squares;
-    __syncthreads();
-    sum_squares = 0.0f;
-#pragma unroll
-    for (int i = 0; i < few::WARPS; ++i) sum_squares += of_warps[i];
-    const float rstd = rsqrtf(sum_squares / size + call.eps);
-#pragma unroll 1
-    for (int i = threadIdx.x * VECTOR; i < size; i += few::THREADS * VECTOR) {
-        float values[VECTOR], scales[VECTOR];
-        load8(x + i, values);
-        load8(scale + i, scales);
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) values[j] *= rstd * scales[j];
-        __half* const target = call.hidden + static_cast<long long>(m) * HIDDEN_PARTS * size + i;
-        store8(target, values);
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) values[j] -= __half2float(__float2half_rn(values[j]));
-        store8(target + size, values);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) count_in_order(&call.counters[READY]);
-}
+enum { DONE, READY, SPLIT };  // counters: blocks that have seen that all rows are ready, rows that are, tiles
+static_assert(few::THREADS == ROW_THREADS, "a block normalises a row");
 
 extern "C" __global__ void __launch_bounds__(few::THREADS, 3)
 project_qkv_few(const __grid_constant__ Call call)
@@ -69,7 +21,15 @@ project_qkv_few(const __grid_constant__ Call call)
     const int cluster = few::IN_CLUSTERS ? blocks_of_cluster() : 1;
     const int first_block = (num_tokens + cluster - 1) / cluster * cluster, num_blocks = gridDim.x - first_block;
     if (blockIdx.x < first_block) {
-        if (blockIdx.x < num_tokens) normalise_row(call, blockIdx.x, smem);
+        if (blockIdx.x >= num_tokens) return;
+        begin_row(call, smem);
+        wait_for_previous_kernel();
+        let_next_kernel_begin();
+        fetch_row(call, blockIdx.x, smem);
+        if (threadIdx.x == 0) describe_row(call, blockIdx.x, sequence(call, blockIdx.x / call.seq));
+        normalise_row(call, blockIdx.x, smem);
+        __syncthreads();
+        if (threadIdx.x == 0) count_in_order(&call.counters[READY]);
         return;
     }
     const few::Place place = few::place_of_block(blockIdx.x - first_block, num_blocks, total_rows, num_tokens);

@@ -3,7 +3,8 @@
 // Work is counted in tiles of 16 keys of one "head": one sequence, one KV head and up to 8 HEAD_TILES of its queries, the
 // query heads of its first new token, then those of the second, and so on.
 // All tiles of all heads stand in one row, sequence after sequence, head after head, and every block takes an equal run of
-// it. Where heads are of equal lengths and there are no more of them than blocks, runs do not cross from one to the next.
+// it. Where heads are of equal lengths and there are no more of them than blocks, runs do not cross from one to the next; where
+// lengths differ, a head counts as some tiles more, for the time it takes to get from one to the next.
 // A block's warps take its tiles in turns. Everything follows from the lengths on the device.
 //
 // BATCH_INVARIANT: a head is cut into pieces that follow from its own length alone, at most MOST_PIECES of them, each summed
@@ -15,6 +16,7 @@
 constexpr int ROWS = 8 * HEAD_TILES;  // queries of a head, at most
 constexpr int TILE = 16;              // keys
 constexpr int ALONE = 2 * WARPS;             // tiles that one block does sooner than several that have to meet
+constexpr int CROSSING = 32;  // tiles that others do while a block goes from one head to the next
 
 #ifdef SEVERAL
 constexpr bool IS_ONE = false;
@@ -63,25 +65,28 @@ __device__ __forceinline__ SequenceTiles sequence_tiles(const Call& call, int b)
 }
 
 // How the row of all tiles is cut: into runs of `size` tiles. With `whole`, every head is taken to have a multiple of that,
-// so that runs do not cross heads; its last run is then short.
+// so that runs do not cross heads; its last run is then short. Otherwise it is taken to have `crossing` more than it has.
 struct Shares {
+    int heads;  // of a sequence
     int size;
     bool whole;
+    int crossing;
 
     __device__ __forceinline__ int width(int tiles) const {
         if (BY_PIECES) return pieces_of(tiles);
-        return whole ? (tiles + size - 1) / size * size : tiles;
+        return whole ? (tiles + size - 1) / size * size : tiles > 0 ? tiles + crossing : 0;
     }
 };
 
 // `mine` is that of sequence l, in both functions: they begin with it and look up the others.
 __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequence, const SequenceTiles& mine) {
     const int lane = threadIdx.x % 32, blocks = gridDim.x;
-    int total = 0, most = 0, least = 0x7fffffff;
+    int total = 0, sequences = 0, most = 0, least = 0x7fffffff;
 #pragma unroll 1  // code that is skipped is fetched all the same
     for (int first = 0; first < call.batch; first += 32) {
         const int tiles = first == 0 ? mine.tiles : sequence_tiles(call, first + lane).tiles;
         total += BY_PIECES ? pieces_of(tiles) : tiles;
+        sequences += tiles > 0;
         most = max(most, tiles);
         if (first + lane < call.batch) least = min(least, tiles);
     }
@@ -90,14 +95,18 @@ __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequen
     least = __reduce_min_sync(0xffffffffu, least);
     const int heads = call.batch * heads_a_sequence;
     const int even = max(1, (total * heads_a_sequence + blocks - 1) / blocks);
-    if (BY_PIECES) return {even, false};
-    if (most != least) return {max(even, WARPS), false};
+    if (BY_PIECES) return {heads_a_sequence, even, false, 0};
+    if (most != least) {
+        const int crossing = min(CROSSING, even / 2);  // it takes longer where long runs keep memory busy
+        total += crossing * __reduce_add_sync(0xffffffffu, sequences);
+        return {heads_a_sequence, max((total * heads_a_sequence + blocks - 1) / blocks, WARPS), false, crossing};
+    }
     if (heads <= blocks) {
         const int runs = most <= ALONE ? 1 : min(blocks / heads, (most + WARPS - 1) / WARPS);
-        return {max(1, (most + runs - 1) / runs), true};
+        return {heads_a_sequence, max(1, (most + runs - 1) / runs), true, 0};
     }
     const int whole_heads = (heads + blocks - 1) / blocks * most;  // an uneven end may cost less than crossing heads
-    return {whole_heads <= even + even / 64 ? whole_heads : even, false};
+    return {heads_a_sequence, whole_heads <= even + even / 64 ? whole_heads : even, false, 0};
 }
 
 // A place in a block's run: the next tile of this warp, and the head it belongs to.
@@ -138,15 +147,41 @@ __device__ __forceinline__ void enter_head(const Call& call, Cursor& at, int fir
     go_to(call, at, (first_tile + from + static_cast<int>(threadIdx.x / 32)) * TILE);
 }
 
+// Go on to the next head, or piece, of the run; false if the run ends.
+__device__ __forceinline__ bool next_head(const Call& call, const Shares& shares, Cursor& at) {
+    if (BY_PIECES && at.left > 0 && at.piece + 1 < at.width) {
+        enter_head(call, at, end_tile(at.past, at.count) - at.tiles, at.tiles, at.piece + 1);
+        return true;
+    }
+    at.begin += at.width;
+    int tiles = BY_PIECES ? at.tiles : at.width - shares.crossing;  // true ones, where runs cross heads
+    if (++at.kv_head_idx == call.num_kv_heads) at.kv_head_idx = 0, at.first_row += ROWS;
+    if (++at.head == shares.heads) {
+        at.head = at.first_row = tiles = 0;
+        while (at.left > 0 && tiles == 0) {
+            if (++at.b >= call.batch) {
+                at.left = 0;
+            } else {
+                const SequenceTiles s = sequence_tiles(call, at.b);
+                at.past = s.past, at.count = s.count, tiles = s.tiles;
+                at.width = shares.width(tiles);
+            }
+        }
+    }
+    if (at.left <= 0) return false;
+    enter_head(call, at, end_tile(at.past, at.count) - tiles, tiles, 0);
+    return true;
+}
+
 // Find a place in the row of all tiles; false if there is none. All lanes of a warp together.
-__device__ __forceinline__ bool find(const Call& call, const Shares& shares, int heads_a_sequence,
-                                     const SequenceTiles& mine, int place, Cursor& at) {
+__device__ __forceinline__ bool find(const Call& call, const Shares& shares, const SequenceTiles& mine, int place,
+                                     Cursor& at) {
     const int lane = threadIdx.x % 32;
     int begin = 0;
 #pragma unroll 1
     for (int first = 0; first < call.batch; first += 32) {
         const SequenceTiles s = first == 0 ? mine : sequence_tiles(call, first + lane);
-        const int width = shares.width(s.tiles), here = width * heads_a_sequence;
+        const int width = shares.width(s.tiles), here = width * shares.heads;
         int end = here;
 #pragma unroll
         for (int offset = 1; offset < 32; offset *= 2) {
@@ -166,37 +201,11 @@ __device__ __forceinline__ bool find(const Call& call, const Shares& shares, int
             at.kv_head_idx = at.head % call.num_kv_heads;
             at.begin = sequence_begin + at.head * at.width;
             at.left = shares.size;
-            enter_head(call, at, __shfl_sync(0xffffffffu, s.first_tile, source), __shfl_sync(0xffffffffu, s.tiles, source),
-                       place - at.begin);
-            return true;
+            const int tiles = __shfl_sync(0xffffffffu, s.tiles, source);
+            enter_head(call, at, __shfl_sync(0xffffffffu, s.first_tile, source), tiles, place - at.begin);
+            return BY_PIECES || place - at.begin < tiles || next_head(call, shares, at);
         }
         begin += __shfl_sync(0xffffffffu, end, 31);
     }
     return false;
-}
-
-// Go on to the next head, or piece, of the run; false if the run ends.
-__device__ __forceinline__ bool next_head(const Call& call, int heads_a_sequence, Cursor& at) {
-    if (BY_PIECES && at.left > 0 && at.piece + 1 < at.width) {
-        enter_head(call, at, end_tile(at.past, at.count) - at.tiles, at.tiles, at.piece + 1);
-        return true;
-    }
-    at.begin += at.width;
-    int tiles = BY_PIECES ? at.tiles : at.width;  // runs that cross heads count true tiles
-    if (++at.kv_head_idx == call.num_kv_heads) at.kv_head_idx = 0, at.first_row += ROWS;
-    if (++at.head == heads_a_sequence) {
-        at.head = at.first_row = tiles = 0;
-        while (at.left > 0 && tiles == 0) {
-            if (++at.b >= call.batch) {
-                at.left = 0;
-            } else {
-                const SequenceTiles s = sequence_tiles(call, at.b);
-                at.past = s.past, at.count = s.count, tiles = s.tiles;
-                at.width = BY_PIECES ? pieces_of(tiles) : tiles;
-            }
-        }
-    }
-    if (at.left <= 0) return false;
-    enter_head(call, at, end_tile(at.past, at.count) - tiles, tiles, 0);
-    return true;
 }

@@ -152,21 +152,26 @@ __device__ __forceinline__ void settled(float (&d)[N]) {
 
 #define SUMS_8(d, i) \
     "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]), "+f"(d[i + 6]), "+f"(d[i + 7])
-#define SUMS_32(d, i) SUMS_8(d, i), SUMS_8(d, i + 8), SUMS_8(d, i + 16), SUMS_8(d, i + 24)
-#define NAMES_32                                                                                                   \
-    "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, " \
-    "%24, %25, %26, %27, %28, %29, %30, %31"
+#define SUMS_16(d, i) SUMS_8(d, i), SUMS_8(d, i + 8)
+#define SUMS_32(d, i) SUMS_16(d, i), SUMS_16(d, i + 16)
+#define NAMES_16 "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15"
+#define NAMES_24 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
+#define NAMES_32 NAMES_16 ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define NAMES_48 NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47"
 #define NAMES_64                                                                                                        \
     NAMES_32 ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47, %48, %49, %50, %51, %52, " \
              "%53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
-
+#define NAMES_72 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define NAMES_80 NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79"
+#define NAMES_96 NAMES_80 ", %80, %81, %82, %83, %84, %85, %86, %87, %88, %89, %90, %91, %92, %93, %94, %95"
+#define NAMES_112 NAMES_96 ", %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, %107, %108, %109, %110, %111"
 #define NAMES_128                                                                                                          \
     NAMES_64 ", %64, %65, %66, %67, %68, %69, %70, %71, %72, %73, %74, %75, %76, %77, %78, %79, %80, %81, %82, %83, %84, %85, " \
              "%86, %87, %88, %89, %90, %91, %92, %93, %94, %95, %96, %97, %98, %99, %100, %101, %102, %103, %104, %105, %106, "  \
              "%107, %108, %109, %110, %111, %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, "      \
              "%125, %126, %127"
 
-// d += a b^T, or = where `add` is false: a [64, 16] and b [N, 16], both in shared memory, N 256, 128 or 64.
+// d += a b^T, or = where `add` is false: a [64, 16] and b [N, 16], both in shared memory, N 256, 224, 192, 160, 144, 128, 96, 64 or 48.
 __device__ __forceinline__ void multiply(float (&d)[128], unsigned long long a, unsigned long long b, bool add) {
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %130, 0;\n\twgmma.mma_async.sync.aligned.m64n256k16.f32.f16.f16 {" NAMES_128
                  "}, %128, %129, p, 1, 1, 0, 0;\n\t}"
@@ -184,6 +189,42 @@ __device__ __forceinline__ void multiply(float (&d)[32], unsigned long long a, u
     asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %34, 0;\n\twgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16 {" NAMES_32
                  "}, %32, %33, p, 1, 1, 0, 0;\n\t}"
                  : SUMS_32(d, 0) : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[48], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %50, 0;\n\twgmma.mma_async.sync.aligned.m64n96k16.f32.f16.f16 {" NAMES_48
+                 "}, %48, %49, p, 1, 1, 0, 0;\n\t}"
+                 : SUMS_32(d, 0), SUMS_16(d, 32) : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[80], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %82, 0;\n\twgmma.mma_async.sync.aligned.m64n160k16.f32.f16.f16 {" NAMES_80
+                 "}, %80, %81, p, 1, 1, 0, 0;\n\t}"
+                 : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_16(d, 64) : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[96], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %98, 0;\n\twgmma.mma_async.sync.aligned.m64n192k16.f32.f16.f16 {" NAMES_96
+                 "}, %96, %97, p, 1, 1, 0, 0;\n\t}"
+                 : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64) : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[24], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %26, 0;\n\twgmma.mma_async.sync.aligned.m64n48k16.f32.f16.f16 {" NAMES_24
+                 "}, %24, %25, p, 1, 1, 0, 0;\n\t}"
+                 : SUMS_16(d, 0), SUMS_8(d, 16) : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[72], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %74, 0;\n\twgmma.mma_async.sync.aligned.m64n144k16.f32.f16.f16 {" NAMES_72
+                 "}, %72, %73, p, 1, 1, 0, 0;\n\t}"
+                 : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_8(d, 64) : "l"(a), "l"(b), "r"(static_cast<int>(add)));
+}
+
+__device__ __forceinline__ void multiply(float (&d)[112], unsigned long long a, unsigned long long b, bool add) {
+    asm volatile("{\n\t.reg .pred p;\n\tsetp.ne.b32 p, %114, 0;\n\twgmma.mma_async.sync.aligned.m64n224k16.f32.f16.f16 {" NAMES_112
+                 "}, %112, %113, p, 1, 1, 0, 0;\n\t}"
+                 : SUMS_32(d, 0), SUMS_32(d, 32), SUMS_32(d, 64), SUMS_16(d, 96) : "l"(a), "l"(b), "r"(static_cast<int>(add)));
 }
 
 // The same of E4M3, [64, 32] and [N, 32].

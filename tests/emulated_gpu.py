@@ -89,6 +89,7 @@ INSTRUCTIONS = (
     ("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
     ("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
     ("mov.u32 %0, %%cluster_nctaid.x;", "ptx_cluster_size", ""),
+    ("mov.u32 %0, %%dynamic_smem_size;", "ptx_dynamic_shared", ""),
     ("mapa.shared::cluster.u32 %0, %1, %2;", "ptx_address_in", ""),
     ("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];", "ptx_load_there", ""),
     ("elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }", "ptx_elect", ""),

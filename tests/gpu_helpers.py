@@ -143,7 +143,7 @@ def kernels_of(
         shape = launch.Shape(dtype, config.head_dim, precise, windowed, float32_angles=False)
         for batch, seq in calls:
             if not collect and launch.decodes(config, shape, batch, seq):
-                launches = launch.decode(config, shape, gpu, batch, seq)
+                launches = wgmma.decode(config, shape, gpu, batch, seq)
             else:
                 launches = wgmma.prefill(config, shape, gpu, batch, seq, past_tiles=0, collect=collect)
             yield from ((one.name, one.macros) for one in launches)

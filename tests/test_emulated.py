@@ -15,7 +15,7 @@ import pytest
 from conftest import make_config, make_hidden, make_weights
 
 import cupy_attn as ca
-from cupy_attn import kernels, reference
+from cupy_attn import kernels, launch, reference
 from cupy_attn.accuracy import BARS
 
 pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
@@ -111,6 +111,15 @@ def test_decode_on_gpus_of_any_size(monkeypatch, num_sms):
     layer = make_layer(config_of(*SHAPES[0]), "float16", TAME)
     for lengths in ([700], [90, 90, 90], [1, 500, 40, 0, 213], [33] * 9):
         call(layer, filled_cache(layer, lengths, max(lengths) + 1), 1)
+
+
+@pytest.mark.parametrize("batch", [1, 6])
+def test_decode_where_blocks_have_more_rows_of_weights_than_threads(monkeypatch, batch):
+    emulated_gpu.pretend(monkeypatch, num_sms=13)
+    layer = make_layer(config_of(*SHAPES[0]), "float16", TAME)
+    first, *_ = launch.decode(layer.config, layer._backend._shape, layer._backend._limits, batch, 1)
+    assert dict(first.macros)["TILES"] == "5"
+    call(layer, filled_cache(layer, [20] * batch, 21), 1)
 
 
 @pytest.mark.parametrize("k_norm_max", [TAME, WILD])

@@ -148,10 +148,13 @@ def test_odd_shapes(shape, dtype, k_norm_max):
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("rows", [1, 2, 7, 8, 9, 12, 40])
-def test_decode_of_few_and_of_many_sequences(rows, dtype):
-    """Up to eight share one read of the weights; more take the tiles of a prefill."""
-    layer = make_layer(odd_config(6, 2, 64, 72, attention_bias=True), dtype)
+@pytest.mark.parametrize(
+    ("rows", "hidden_size"),
+    [*((rows, 72) for rows in (1, 2, 7, 8, 9, 12, 40)), *((rows, 448) for rows in (9, 16, 33, 64, 65, 128, 129))],
+)
+def test_decode_of_few_and_of_many_sequences(rows, hidden_size, dtype):
+    """Up to eight share one read of the weights; more take tiles, Hopper's where columns are multiples of 64."""
+    layer = make_layer(odd_config(6, 2, 64, hidden_size, attention_bias=True), dtype)
     hold(layer, make_hidden(layer.config, rows, 20, dtype=dtype), steps=3)
 
 

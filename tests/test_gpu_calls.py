@@ -294,17 +294,18 @@ def test_the_angles_that_transformers_computes_can_be_asked_for(dtype):
 # Streams.
 
 
+@pytest.mark.parametrize(("batch", "k_norm_max"), [(3, 96.5), (12, 1.5)])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_two_layers_interleaved_on_two_streams_are_what_they_are_alone(dtype):
+def test_two_layers_interleaved_on_two_streams_are_what_they_are_alone(dtype, batch, k_norm_max):
     import cupy
 
-    layers = [layer_of(CONFIG, dtype, 96.5), layer_of(ODD, dtype, 1.5)]
+    layers = [layer_of(CONFIG, dtype, k_norm_max), layer_of(ODD, dtype, 1.5)]
     streams = [cupy.cuda.Stream(non_blocking=True) for _ in layers]
-    inputs = [cupy.asarray(make_hidden(layer.config, 3, 80, dtype=dtype)) for layer in layers]
+    inputs = [cupy.asarray(make_hidden(layer.config, batch, 80, dtype=dtype)) for layer in layers]
     sizes = [(0, 30), *((i, i + 1) for i in range(30, 78)), (78, 80)]
 
     def caches() -> list:
-        made = [layer.new_cache(3, 80) for layer in layers]
+        made = [layer.new_cache(batch, 80) for layer in layers]
         cupy.cuda.Device().synchronize()
         return made
 

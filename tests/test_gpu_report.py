@@ -24,15 +24,14 @@ RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
 
 def launches_of(run: small_case.Small) -> list[Launch]:
     """Return what a run launches on a Hopper GPU."""
-    raw = small_case.SMALL | dict(zip(("num_attention_heads", "num_key_value_heads"), run.heads, strict=True))
-    config = ca.AttentionConfig.from_dict(raw)
+    config = ca.AttentionConfig.from_dict(small_case.SMALL | run.shape)
     limits = dataclasses.replace(cuda.H200, num_sms=run.num_sms or cuda.H200.num_sms, wgmma=not run.portable)
     shape = launch.Shape(run.dtype, config.head_dim, run.precise, run.window is not None, float32_angles=False,
                          batch_invariant=run.batch_invariant)  # fmt: skip
     found, past = [], 0
     for seq in run.calls:
         if not run.stages and launch.decodes(config, shape, run.batch, seq):
-            found += launch.decode(config, shape, limits, run.batch, seq)
+            found += wgmma.decode(config, shape, limits, run.batch, seq)
         else:
             found += wgmma.prefill(config, shape, limits, run.batch, seq, collect=run.stages,
                                    past_tiles=-(-past // launch.PAST_ROWS))  # fmt: skip

@@ -74,7 +74,7 @@ def test_shared_memory_of_decode_is_what_the_kernel_takes(tmp_path, monkeypatch,
 
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("name", CONFIGS)
-def test_three_launches_that_fit_the_gpu(name, gpu):
+def test_launches_that_fit_the_gpu(name, gpu):
     config, limits = CONFIGS[name], GPUS[gpu]
     for dtype, precise, batch, seq in itertools.product(
         ("float16", "bfloat16"), (False, True), (1, 8, 64, 300), (1, 2, 600)
@@ -82,14 +82,16 @@ def test_three_launches_that_fit_the_gpu(name, gpu):
         shape = launch.Shape(dtype, config.head_dim, precise, windowed=False, float32_angles=False)
         calls = [wgmma.prefill(config, shape, limits, batch, seq, past_tiles=3, collect=False)]
         if launch.decodes(config, shape, batch, seq):
-            calls.append(launch.decode(config, shape, limits, batch, seq))
+            calls.append(wgmma.decode(config, shape, limits, batch, seq))
         for launches in calls:
-            assert len(launches) == 3
+            names = [one.name for one in launches]
+            assert len(names) == (4 if "project_qkv_few_wgmma" in names else 3)
             for one in launches:
                 static = launch.GEMV_STATIC_SMEM if one.name in ("decode_project", "decode_output") else 0
                 assert one.smem_bytes + static <= limits.block_smem, one
                 assert 1 <= one.grid < 2**31
                 assert one.threads % 32 == 0
+                assert one.splits == 1 or one.grid % one.splits == 0
                 if one.name.endswith("_wgmma"):  # one block a multiprocessor, which takes all it has to do
                     assert one.grid <= limits.num_sms
                     assert one.smem_bytes + wgmma.ALIGNMENT <= limits.block_smem
@@ -139,6 +141,27 @@ def test_tokens_are_normalised_once_where_attention_has_room_beside_them():
         assert both <= gpu.sm_smem
 
 
+@pytest.mark.parametrize(("name", "tiles"), [("0.6B", 4), ("8B", 3), ("32B", 5), ("235B-A22B", 5)])
+def test_blocks_of_a_few_tokens_projection_begin_all_at_once(name, tiles):
+    config, gpu = CONFIGS[name], cuda.H200
+    shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
+    for tokens in (1, launch.DECODE_VECTORS):
+        one = launch.decode_project(config, shape, gpu, tokens)
+        assert dict(one.macros)["TILES"] == str(tiles)
+        assert one.grid - 1 <= 2 * gpu.num_sms
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "groups", "blocks"),
+    [("0.6B", 16, 2, 128), ("0.6B", 32, 2, 256), ("0.6B", 64, 4, 256), ("8B", 64, 8, 256)],
+)
+def test_tokens_are_shared_out_while_each_multiprocessor_has_room_for_a_second_block(name, tokens, groups, blocks):
+    config = CONFIGS[name]
+    shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
+    one = launch.project_output_few(config, shape, cuda.H200, tokens)
+    assert (dict(one.macros)["GROUPS"], one.grid) == (str(groups), blocks)
+
+
 @pytest.mark.parametrize("gpu", GPUS)
 @pytest.mark.parametrize("hidden_size", [1024, 4096, 8192, 12_288, 16_384, 40_000])
 def test_a_projection_of_few_tokens_fits_or_is_left_to_others(hidden_size, gpu):
@@ -150,6 +173,51 @@ def test_a_projection_of_few_tokens_fits_or_is_left_to_others(hidden_size, gpu):
         assert one is None or one.smem_bytes + launch.GEMV_STATIC_SMEM <= GPUS[gpu].block_smem
         kinds.append(2 if one is None else ("NORMALISE_ONCE", "1") not in one.macros)
     assert kinds == sorted(kinds)  # once, then by every warp, then not at all: what takes less comes later
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 64, 65, 128])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_clusters_of_a_few_tokens_projections_run_all_at_once(name, tokens):
+    """The 132 multiprocessors of an H200 hold 30 clusters of 4 blocks that fill theirs, and 66 of 2."""
+    config, gpu = CONFIGS[name], cuda.H200
+    shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
+    launches = wgmma.decode(config, shape, gpu, tokens, 1)
+    if not wgmma.projects_few(config, shape, gpu, tokens):
+        assert len(launches) == 3
+        return
+    rows, first, _, last = launches
+    assert (rows.name, rows.grid) == ("normalise_rows", tokens)
+    sizes = (config.q_size + 2 * config.kv_size, config.hidden_size), (config.hidden_size, config.q_size)
+    for one, (weights, k_size) in zip((first, last), sizes, strict=True):
+        (_, x_rows), (_, columns) = one.boxes
+        assert one.grid // one.splits * columns >= weights
+        assert one.grid // one.splits <= {1: 132, 2: 66, 4: 30}[one.splits]
+        assert tokens <= x_rows < tokens + 8
+        x_tile, w_tile = x_rows * wgmma.GEMM_BLOCK_K * 2, columns * wgmma.GEMM_BLOCK_K * 2
+        x_stages = min(wgmma.X_BYTES // x_tile, wgmma.MOST_X_STAGES, 2 * -(-k_size // wgmma.GEMM_BLOCK_K // one.splits))
+        assert (one.smem_bytes - x_stages * x_tile) // w_tile >= 2 or k_size <= 64 * one.splits
+        token_rows = wgmma.FEW_TOKENS * int(dict(one.macros)["TOKEN_TILES"])
+        assert one.smem_bytes >= (x_stages - 1) * x_tile + token_rows * wgmma.GEMM_BLOCK_K * 2
+        assert one.smem_bytes >= columns * 4 * min(token_rows, 16 * 2 ** (-(-tokens // 16) - 1).bit_length())
+        beside = one.smem_bytes + rows.smem_bytes + 2 * (wgmma.ALIGNMENT + launch.RESERVED_SMEM)
+        assert beside <= gpu.sm_smem or rows.smem_bytes > gpu.block_smem // 8
+
+
+def test_who_takes_hoppers_own_kernels_for_a_few_tokens():
+    def takes(tokens, *, limits=cuda.H200, **changes) -> bool:
+        usual = {"precise": False, "windowed": False, "float32_angles": False}
+        shape = launch.Shape("float16", 128, **usual | changes)
+        return wgmma.projects_few(config, shape, limits, tokens)
+
+    config = model_config("0.6B")
+    assert [takes(tokens) for tokens in (1, 8, 9, 128, 129)] == [False, False, True, True, False]
+    assert not takes(9, precise=True)
+    assert not takes(9, batch_invariant=True)
+    assert not takes(9, limits=dataclasses.replace(cuda.H200, wgmma=False))
+    config = model_config("8B")  # so many weights that a kernel more does not matter
+    assert takes(1)
+    config = make_config(head_dim=128, hidden_size=264)
+    assert not takes(9)
 
 
 def test_a_row_too_long_for_shared_memory_takes_the_products_of_prefill():

@@ -20,10 +20,15 @@ from cupy_attn.bench import random_layer
 from cupy_attn.demo import k_norm_weight
 
 DTYPES = ("float16", "bfloat16")
-SMALL = {"hidden_size": 512, "head_dim": 128, "rope_theta": 1e6, "max_position_embeddings": 4096}
+SMALL = {"head_dim": 128, "rope_theta": 1e6, "max_position_embeddings": 4096}
 SMALL_WINDOW = 40
 # Heads and multiprocessors for which project_qkv_few and project_output_few take clusters of 2 and 3, 3 and 4, 4 and 6.
 CLUSTERS = (((2, 2), 12), ((2, 2), 18), ((6, 2), 27))
+# Tokens, heads, columns and multiprocessors for which those with wgmma take clusters of 160 and 192 rows of weights,
+# 144 and 64, 224 and 96, 192 and 144, of 1, 2 and 4 blocks; and two tiles of tokens.
+FEW_TILES = (
+    (12, (4, 2), 512, 14), (64, (6, 2), 512, 40), (12, (6, 2), 512, 27), (24, (2, 2), 576, 8), (70, (2, 2), 576, 8),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,11 +47,18 @@ class Small:
     batch: int = 1
     calls: tuple[int, ...] = (130, 40, 1, 1)
     heads: tuple[int, int] = (4, 2)
+    hidden_size: int = 512
     num_sms: int | None = None
     portable: bool = False
     window: int | None = None
     stages: bool = False
     batch_invariant: bool = False
+
+    @property
+    def shape(self) -> dict[str, int]:
+        """The fields of a model's config."""
+        heads = dict(zip(("num_attention_heads", "num_key_value_heads"), self.heads, strict=True))
+        return {"hidden_size": self.hidden_size} | heads
 
     @property
     def text(self) -> str:
@@ -69,18 +81,29 @@ def small_runs() -> list[Small]:
         *(
             Small(dtype, False, batch=batch, calls=(1, 1), num_sms=num_sms)
             for dtype in DTYPES
-            for batch, num_sms in ((1, 16), (1, 22), (8, 16), (8, 22), (8, None))
+            for batch, num_sms in ((1, 16), (1, 22), (8, 14), (8, 16), (8, 22), (8, None))
         ),
         *(Small(*kind, calls=(20, 1), heads=(16, 1)) for kind in both),
         *(Small(*kind, calls=(2, 8, 16, 1)) for kind in both),  # a few tokens a sequence
         *(Small(*kind, batch=6, calls=(2, 1)) for kind in crossed),
         *(Small(*kind, batch=12, calls=(3, 1), batch_invariant=True) for kind in crossed),
-        *(Small(*kind, batch=64, calls=(1, 1), portable=portable) for kind in both for portable in (False, True)),
+        *(Small(*kind, batch=64, calls=(1, 1)) for kind in both),
+        *(Small(*kind, batch=64, calls=(1, 1), num_sms=12, portable=True) for kind in both),
         *(
-            Small(*kind, batch=batch, calls=(1,), heads=heads, num_sms=num_sms)
-            for kind in both
+            Small(dtype, not portable, batch=32, calls=(1,), num_sms=12, portable=portable)
+            for dtype in DTYPES
+            for portable in (False, True)
+        ),
+        *(
+            Small(dtype, True, batch=batch, calls=(1,), heads=heads, num_sms=num_sms)
+            for dtype in DTYPES
             for batch in (12, 64)
             for heads, num_sms in CLUSTERS
+        ),
+        *(
+            Small(dtype, False, batch=batch, calls=(1,), heads=heads, hidden_size=hidden_size, num_sms=num_sms)
+            for dtype in DTYPES
+            for batch, heads, hidden_size, num_sms in FEW_TILES
         ),
         *(Small(*kind, calls=(70, 130, 1), window=SMALL_WINDOW) for kind in crossed),
         *(Small(*kind, calls=(70, 20), stages=True) for kind in crossed),
@@ -95,7 +118,7 @@ def run_small(run: Small) -> tuple[float, set[str]]:
     SystemExit
         An error is above its bar.
     """
-    raw = SMALL | {"num_attention_heads": run.heads[0], "num_key_value_heads": run.heads[1]}
+    raw = SMALL | run.shape
     if run.window is not None:
         raw |= {"use_sliding_window": True, "sliding_window": run.window, "max_window_layers": 0}
     config = ca.AttentionConfig.from_dict(raw)

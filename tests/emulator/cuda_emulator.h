@@ -216,7 +216,7 @@ void together(const char* what, void* arguments, Act act) {
 template <typename Act>
 void all_together(const char* what, void* arguments, Act act) {
     const int number = current->warp / GROUP_WARPS;
-    if (block_size.x % GROUP_LANES) fail("not all lanes of a warpgroup are there");
+    if ((number + 1) * GROUP_LANES > static_cast<int>(block_size.x)) fail("not all lanes of a warpgroup are there");
     for (int w = 0; w < GROUP_WARPS; ++w)
         if (block->warps[number * GROUP_WARPS + w].alive != LANES) fail("not all lanes of a warpgroup are there");
     Warpgroup& group = block->warpgroups[number];
@@ -914,6 +914,7 @@ inline void ptx_quads_copy_to_blocks(unsigned to, const void* map, unsigned barr
 // Clusters: warps come to their barrier whole, and all of all blocks.
 
 inline void ptx_cluster_rank(int& rank) { rank = emulator::block->rank; }
+inline void ptx_dynamic_shared(int& bytes) { bytes = emulator::shared_bytes; }
 inline void ptx_cluster_size(int& blocks) { blocks = emulator::num_blocks; }
 
 inline void ptx_cluster_sync() {

@@ -1,0 +1,109 @@
+// The queries of attend_decode.cu: normalised once a head, rotated anew for every tile of keys, and as operands of products.
+//
+// A head's rows are the query heads of a sequence's first new token, then those of the second, and so on.
+// -D: those of shares.cuh, FLOAT32_ANGLES.
+#pragma once
+#include "decode_shared.cuh"
+#include "reduce.cuh"
+#include "rope.cuh"
+#include "storage.cuh"
+
+constexpr int HALF_BLOCKS = HEAD_DIM / 16;
+
+// q, k and v of a new token.
+__device__ __forceinline__ const float* qkv_of(const Call& call, int b, int token) {
+    const int m = IS_ONE ? b : b * call.seq + token;
+    return call.qkv + static_cast<long long>(m) * (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
+}
+
+// Rows past the last query head: their scores must be numbers.
+__device__ __forceinline__ void clear_queries(Shared& shared) {
+#pragma unroll 1
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.q) / 16); i += THREADS)
+        reinterpret_cast<uint4*>(shared.q)[i] = make_uint4(0, 0, 0, 0);
+}
+
+// Normalise the queries of a head, a warp to a row; and rotate those of earlier tokens as if they stood where the
+// last does, distances being positive; or, where angles must be those of transformers, each to its own place.
+__device__ __forceinline__ void normalise_queries(const Call& call, Shared& shared, const Cursor& to, int group) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int rows = min(ROWS, (IS_ONE ? group : group * to.count) - to.first_row);  // less those of padding
+    for (int r = warp; r < ROWS; r += WARPS) {  // zeros past the last
+        const int query = to.first_row + r, token = IS_ONE ? 0 : query / group;
+        const float* const q = qkv_of(call, to.b, token) + (to.kv_head_idx * group + query - token * group) * HEAD_DIM;
+        float4 values[(HEAD_DIM + 127) / 128];
+        float sum_squares = 0.0f;
+#pragma unroll
+        for (int i = 0; i < (HEAD_DIM + 127) / 128; ++i) {
+            const int d = 4 * lane + 128 * i;
+            values[i] = r < rows && d < HEAD_DIM ? *reinterpret_cast<const float4*>(q + d) : make_float4(0, 0, 0, 0);
+            const float4 v = values[i];
+            sum_squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
+        }
+        const float rstd = rsqrtf(warp_sum(sum_squares) * (1.0f / HEAD_DIM) + call.eps);
+#pragma unroll
+        for (int i = 0; i < (HEAD_DIM + 127) / 128; ++i) {
+            const int d = 4 * lane + 128 * i;
+            if (d >= HEAD_DIM) break;
+            const float4 v = values[i], weight = *reinterpret_cast<const float4*>(call.q_norm + d);
+            *reinterpret_cast<float4*>(shared.q_norm + r * HEAD_DIM + d) = make_float4(
+                v.x * rstd * weight.x, v.y * rstd * weight.y, v.z * rstd * weight.z, v.w * rstd * weight.w);
+        }
+        if (!IS_ONE && token < to.count) {
+            __syncwarp();
+            const int position = new_position(call, to.b, to.past, token);
+            float* const low = shared.q_norm + r * HEAD_DIM;
+#pragma unroll 1
+            for (int pair = lane; pair < PAIRS; pair += 32) {
+                const uint2 frequency = reinterpret_cast<const uint2*>(call.frequency)[pair];
+                float cosine, sine;
+#ifdef FLOAT32_ANGLES
+                rotation(position, frequency, cosine, sine);
+#else
+                rotation(new_position(call, to.b, to.past, to.count - 1) - position, frequency, cosine, sine);
+                sine = -sine;
+#endif
+                rotate(low[pair], low[pair + PAIRS], cosine, sine);
+            }
+        }
+    }
+}
+
+// Rotate the queries for a tile whose first key is `distance` behind them.
+__device__ __forceinline__ void rotate_queries(Shared& shared, int rows, int distance) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    __half* const target = shared.q[warp][0];
+#pragma unroll
+    for (int i = 0; i < (PAIRS / 2 + 31) / 32; ++i) {
+        const int d = 2 * (lane + 32 * i);
+        if (d >= PAIRS) break;
+        const uint4 frequency = *reinterpret_cast<const uint4*>(shared.frequency + d);
+        float2 cosine, sine;
+        rotation(distance, make_uint2(frequency.x, frequency.y), cosine.x, sine.x);
+        rotation(distance, make_uint2(frequency.z, frequency.w), cosine.y, sine.y);
+#pragma unroll 1
+        for (int two = 0; two < rows; two += 2)
+#pragma unroll
+        for (int r = two; r < two + 2; ++r) {
+            const float2 a = *reinterpret_cast<const float2*>(shared.q_norm + r * HEAD_DIM + d);
+            const float2 c = *reinterpret_cast<const float2*>(shared.q_norm + r * HEAD_DIM + d + PAIRS);
+            const float2 low = make_float2(a.x * cosine.x - c.x * sine.x, a.y * cosine.y - c.y * sine.y);
+            const float2 high = make_float2(c.x * cosine.x + a.x * sine.x, c.y * cosine.y + a.y * sine.y);
+            const unsigned low_pair = pack(low.x, low.y), high_pair = pack(high.x, high.y);
+            unsigned* place = reinterpret_cast<unsigned*>(target + r * STRIDE + d);
+            place[0] = low_pair, place[PAIRS / 2] = high_pair;
+            if (PARTS == 2) {
+                place[ROWS * STRIDE / 2] = pack_rest(low.x, low.y, low_pair);
+                place[ROWS * STRIDE / 2 + PAIRS / 2] = pack_rest(high.x, high.y, high_pair);
+            }
+        }
+    }
+}
+
+// Step j of a score takes 8 dims of the lower half of a head and the 8 they are rotated with: block j and block j +
+// HALF_BLOCKS. Query heads 8 t to 8 t + 7 as the B fragments of steps j and j + 1.
+__device__ __forceinline__ void load_queries(unsigned (&frag)[4], const __half* q, int t, int j) {
+    const int lane = threadIdx.x % 32;
+    const int block = min(j + lane / 16, HALF_BLOCKS - 1) + lane / 8 % 2 * HALF_BLOCKS;  // an odd last step: read, not used
+    load_matrices(frag, q + (8 * t + lane % 8) * STRIDE + block * 8);
+}

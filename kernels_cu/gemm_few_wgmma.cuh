@@ -1,0 +1,223 @@
+// x W^T for some tokens on Hopper's own units, memory bound: float16 in, float32 sums. A cluster, of a size that the launch
+// says, has BLOCK_N (-D) rows of W; each of its blocks has a part of their k, and they add up through shared memory.
+//
+// A warpgroup multiplies 64 tokens, which are rows of its products, TOKEN_TILES (-D) do so at once. Two threads copy tiles of W
+// and of tokens through a ring each. That of W takes what shared memory the launch leaves, and is full before the kernel ahead
+// has ended. A tile of tokens has no more rows than there are, rounded up to 8: the others of a product are whatever lies behind
+// them, and so are their sums. A token's sums do not depend on how many others there are.
+#pragma once
+#include "call.cuh"
+#include "wgmma.cuh"
+
+namespace few {
+
+constexpr int MOST_X_STAGES = 16, MOST_W_STAGES = 20;
+constexpr int X_BYTES = 48 << 10;    // of the ring of tokens, at most
+constexpr int UNDER_WAY = 64 << 10;  // bytes of W: more would only stand in the way of tokens
+constexpr int BLOCK_K = TILE_COLUMNS;
+constexpr int CONSUMERS = WARPGROUP * TOKEN_TILES;  // threads
+constexpr int THREADS = CONSUMERS + 64;
+constexpr int W_TILE = BLOCK_N * BLOCK_K;  // halves
+constexpr int MOST_SPLITS = 4;             // blocks of a cluster
+constexpr int GROUPS = BLOCK_N / 8;        // of 8 rows of W: four sums of a thread
+
+using Sums = float[4 * GROUPS];  // of a thread
+
+// One of the two rings, of as many stages or fewer.
+template <int MOST>
+struct Ring {
+    Barrier full[MOST], empty[MOST];
+
+    __device__ __forceinline__ void init(int stages) {
+#pragma unroll 1
+        for (int i = 0; i < stages; ++i) {
+            barrier_init(&full[i], 1);
+            barrier_init(&empty[i], CONSUMERS / 32);
+        }
+    }
+
+    struct Cursor {
+        int stages, stage = 0, parity = 0;
+
+        __device__ __forceinline__ void advance() {
+            if (++stage == stages) stage = 0, parity ^= 1;
+        }
+    };
+
+    // Where there is room, copy the map's box at (column, row) there.
+    __device__ __forceinline__ void copy(Cursor& at, __half* tiles, int tile_size, const TensorMap* map, int column, int row) {
+        barrier_wait(&empty[at.stage], at.parity ^ 1);
+        barrier_expect(&full[at.stage], tile_size * 2);
+        load_tile(tiles + at.stage * tile_size, map, &full[at.stage], column, row);
+        at.advance();
+    }
+};
+
+using WRing = Ring<MOST_W_STAGES>;
+using XRing = Ring<MOST_X_STAGES>;
+
+// What a block multiplies, and how it divides its shared memory: tiles of tokens, then as many of W as fit.
+struct Place {
+    int first_n;                     // row of W
+    int split, splits;               // its place in the cluster, and how many that has
+    int first_chunk, chunks;         // of k
+    int x_tile, x_stages, w_stages;  // halves, tiles
+
+    __device__ __forceinline__ Place(int k_size, int num_tokens) {
+        splits = blocks_of_cluster(), split = rank_in_cluster();
+        first_n = blockIdx.x / splits * BLOCK_N;
+        const int all = (k_size + BLOCK_K - 1) / BLOCK_K, share = (all + splits - 1) / splits;
+        first_chunk = split * share;
+        chunks = max(min(share, all - first_chunk), 0);
+        x_tile = (num_tokens + 7) / 8 * 8 * BLOCK_K;
+        x_stages = min(min(X_BYTES / 2 / x_tile, MOST_X_STAGES), 2 * share);
+        w_stages = min((dynamic_shared_bytes() / 2 - x_stages * x_tile) / W_TILE, MOST_W_STAGES);
+    }
+
+    __device__ __forceinline__ int column(int chunk) const { return (first_chunk + chunk) * BLOCK_K; }
+};
+
+struct Rings {
+    WRing w;
+    XRing x;
+
+    // All threads of a block.
+    __device__ __forceinline__ void init(const Place& at) {
+        if (threadIdx.x == 0) {
+            w.init(at.w_stages), x.init(at.x_stages);
+            barriers_initialised();
+        }
+        __syncthreads();
+    }
+};
+
+// All of W, one thread of a block. Needs nothing that kernels before write.
+__device__ __forceinline__ void copy_weights(const Place& at, Rings& rings, __half* smem, const TensorMap* w) {
+    constexpr int MOST = (UNDER_WAY / 2 + W_TILE - 1) / W_TILE;
+    WRing::Cursor to = {at.w_stages}, landed = to;
+    const int most = min(MOST, at.w_stages);
+#pragma unroll 1
+    for (int i = 0; i < at.chunks; ++i) {
+        if (i >= most) {
+            barrier_wait(&rings.w.full[landed.stage], landed.parity);
+            landed.advance();
+        }
+        rings.w.copy(to, smem + at.x_stages * at.x_tile, W_TILE, w, at.column(i), at.first_n);
+    }
+}
+
+// All of the tokens, in `parts` parts, `part` columns apart, the last of them first; one thread of a block.
+__device__ __forceinline__ void copy_tokens(const Place& at, Rings& rings, __half* smem, const TensorMap* x, int parts, int part) {
+    XRing::Cursor to = {at.x_stages};
+#pragma unroll 1
+    for (int i = 0; i < at.chunks; ++i)
+#pragma unroll 1
+        for (int p = parts - 1; p >= 0; --p)
+            rings.x.copy(to, smem, at.x_tile, x, p * part + at.column(i), 0);
+}
+
+// The sums of this block's part of k, a warpgroup's.
+__device__ __forceinline__ void multiply(const Place& at, Rings& rings, const __half* smem, int parts, Sums& sums) {
+    const int tile = uniform(threadIdx.x / WARPGROUP);
+    const unsigned long long w = operand(shared_address(smem + at.x_stages * at.x_tile));
+    const unsigned long long x = operand(shared_address(smem + tile * 64 * BLOCK_K));
+    WRing::Cursor w_at = {at.w_stages}, w_before = w_at;
+    XRing::Cursor x_at = {at.x_stages}, x_before = x_at;
+    const bool arrives = threadIdx.x % 32 == 0;
+#pragma unroll
+    for (int i = 0; i < 4 * GROUPS; ++i) sums[i] = 0.0f;
+    int part = 0;  // of the chunk
+    const int steps = at.chunks * parts;
+#pragma unroll 1
+    for (int step = 0; step < steps; ++step) {
+        if (part == 0) barrier_wait(&rings.w.full[w_at.stage], w_at.parity);
+        barrier_wait(&rings.x.full[x_at.stage], x_at.parity);
+        products_begin();
+#pragma unroll
+        for (int i = 0; i < BLOCK_K / 16; ++i)
+            ::multiply(sums, x + x_at.stage * (at.x_tile * 2 / 16) + i * 2, w + w_at.stage * (W_TILE * 2 / 16) + i * 2, true);
+        products_commit();
+        products_wait<1>();
+        if (step > 0 && arrives) {  // the step before is done
+            barrier_arrive(&rings.x.empty[x_before.stage]);
+            if (part == 0) barrier_arrive(&rings.w.empty[w_before.stage]);
+        }
+        x_before = x_at, w_before = w_at;
+        x_at.advance();
+        if (++part == parts) part = 0, w_at.advance();
+    }
+    products_wait<0>();
+    settled(sums);
+}
+
+// What threads that copy do in the end: others read this block's sums.
+__device__ __forceinline__ void stand_by() {
+    __syncwarp();
+    cluster_sync();
+    cluster_meet();
+}
+
+// What the others do: multiply, add up what the blocks of the cluster found and call finish(n, m, more, sums) for rows n and n + 1
+// of W and token m; `prepare(n, m)` loads early what that needs. Warps exchange the sums of 8 rows of W and 16 tokens, an item,
+// shared out among all of the cluster. Few instructions in what runs once: they come from memory, behind everybody's weights.
+template <typename Prepare, typename Finish>
+__device__ __forceinline__ void product(const Place& at, Rings& rings, __half* smem, int parts, int num_tokens, Prepare prepare,
+                                        Finish finish) {
+    constexpr int WARPS = CONSUMERS / 32, AT_ONCE = 2;
+    const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, step = WARPS * at.splits;
+    const int used = min((num_tokens + 15) / 16, WARPS), shift = (used > 1) + (used > 2) + (used > 4);  // warps with tokens
+    const int items = GROUPS << shift;
+    const int m = lane / 4, n = at.first_n + lane % 4 * 2;
+    auto n_of = [&](int item) { return n + (item >> shift) * 8; };
+    auto m_of = [&](int item) { return m + (item & ((1 << shift) - 1)) * 16; };
+    decltype(prepare(0, 0)) more[AT_ONCE][2];
+    auto prepare_from = [&](int first) {
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; ++u)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                more[u][half] = prepare(n_of(first + u * step), m_of(first + u * step) + 8 * half);
+    };
+    int first = at.split * WARPS + warp;
+    prepare_from(first);
+    Sums sums;
+    multiply(at, rings, smem, parts, sums);
+
+    float4* const own = reinterpret_cast<float4*>(smem) + lane;
+    unsigned found_at[MOST_SPLITS];
+#pragma unroll
+    for (int other = 0; other < MOST_SPLITS; ++other) found_at[other] = address_in(min(other, at.splits - 1), own);
+    named_wait(1, CONSUMERS);  // nobody reads tiles any more
+    if (warp < used)
+#pragma unroll
+        for (int g = 0; g < GROUPS; ++g)
+            own[((g << shift) + warp) * 32] = make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]);
+    cluster_sync();
+#pragma unroll 1
+    for (; first < items; first += AT_ONCE * step) {
+        float4 found[AT_ONCE][MOST_SPLITS];
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; ++u)
+#pragma unroll
+            for (int other = 0; other < MOST_SPLITS; ++other)  // the last block's again, but not added
+                found[u][other] = load_from(found_at[other] + min(first + u * step, items - 1) * 512);
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; ++u) {
+            const int item = first + u * step;
+            if (item >= items) break;
+            float4 total = found[u][0];
+#pragma unroll
+            for (int other = 1; other < MOST_SPLITS; ++other) {
+                if (other >= at.splits) break;
+                total.x += found[u][other].x, total.y += found[u][other].y;
+                total.z += found[u][other].z, total.w += found[u][other].w;
+            }
+            finish(n_of(item), m_of(item), more[u][0], make_float2(total.x, total.y));
+            finish(n_of(item), m_of(item) + 8, more[u][1], make_float2(total.z, total.w));
+        }
+        prepare_from(first + AT_ONCE * step);
+    }
+    cluster_meet();  // nobody reads this block's sums any more
+}
+
+}  // namespace few

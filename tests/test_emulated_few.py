@@ -1,0 +1,112 @@
+"""Projections of a few tokens on Hopper's own units, on the CPU (emulated_gpu.py)."""
+
+from __future__ import annotations
+
+import emulated_gpu
+import numpy as np
+import pytest
+from conftest import make_hidden
+from test_emulated import HALVES, TAME, call, config_of, filled_cache, held, make_layer, many_lengths
+
+from cupy_attn import reference, wgmma, workspace
+
+pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
+
+NAMES = ["normalise_rows", "project_qkv_few_wgmma", "attend_decode", "project_output_few_wgmma"]
+
+
+def launches_of(layer):
+    (launches,) = layer._backend._launches.values()
+    assert [one.name for one in launches] == NAMES
+    return launches
+
+
+# Hq, Hkv, D, H; tokens, multiprocessors; blocks of the clusters of either projection.
+SHAPES = [
+    ((4, 2, 128, 256), 10, 5, (1, 4)),
+    ((4, 2, 128, 512), 18, 40, (4, 4)),
+    ((3, 1, 80, 320), 33, 14, (2, 4)),  # k of 5 and of 4 chunks
+    ((2, 2, 64, 128), 70, 9, (2, 2)),
+    ((3, 1, 64, 192), 128, 33, (2, 2)),
+]
+
+
+@pytest.mark.parametrize("case", range(len(SHAPES)))
+def test_decode_of_many_sequences(monkeypatch, case):
+    (shape, tokens, num_sms, splits), dtype = SHAPES[case], HALVES[case % 2]
+    emulated_gpu.pretend(monkeypatch, num_sms)
+    layer = make_layer(config_of(*shape, attention_bias=True), dtype, TAME)
+    call(layer, filled_cache(layer, many_lengths(tokens), 140), 1, [1, 0, *[1] * (tokens - 2)])
+    _, first, _, last = launches_of(layer)
+    assert (first.splits, last.splits) == splits
+
+
+def test_appends(monkeypatch):
+    emulated_gpu.pretend(monkeypatch, num_sms=7)
+    layer = make_layer(config_of(4, 2, 128, 128), "float16", TAME)
+    call(layer, filled_cache(layer, [0, 63, 17, 130], 140), 3, [3, 3, 0, 2])
+    launches_of(layer)
+
+
+@pytest.mark.parametrize("tokens", [1, 7])
+def test_a_layer_of_many_weights(monkeypatch, tokens):
+    """However few the tokens."""
+    emulated_gpu.pretend(monkeypatch, num_sms=7)
+    monkeypatch.setattr(wgmma, "MANY_WEIGHTS", 1)
+    layer = make_layer(config_of(4, 2, 128, 192), "bfloat16", TAME)
+    call(layer, filled_cache(layer, many_lengths(tokens), 140), 1)
+    launches_of(layer)
+
+
+def test_rings_of_several_rounds_whichever_warp_runs_first(monkeypatch):
+    emulated_gpu.pretend(monkeypatch, num_sms=9)
+    monkeypatch.setattr(wgmma, "MOST_W_STAGES", 2)  # what the launch leaves room for
+    layer = make_layer(config_of(6, 2, 128, 960), "float16", TAME)
+    results = set()
+    for seed in range(0, 2000, 500):
+        monkeypatch.setattr(emulated_gpu.EmulatedLauncher, "seed", seed)
+        results.add(call(layer, filled_cache(layer, many_lengths(12), 140), 1).tobytes())
+        for space in workspace._workspaces.values():
+            space.poison()
+    assert len(results) == 1
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_keys_are_rounded_once(monkeypatch, dtype):
+    """To storage: what rounding hidden states to float16 changes of them is multiplied as well."""
+    emulated_gpu.pretend(monkeypatch, num_sms=9)
+    config = config_of(3, 1, 128, 192)  # a cluster has keys along with queries and values
+    layer = make_layer(config, dtype, TAME)
+    cache, x = layer.new_cache(100, 2), make_hidden(config, 100, 1, dtype=dtype)
+    layer(x, cache)
+    w_k = layer.weights.qkv_proj[config.q_size : config.q_size + config.kv_size].astype(np.float64)
+    off = twice = 0.0
+    for b in range(100):
+        _, stages = reference.forward(config, layer.weights, x[b : b + 1])
+        hidden = stages["input_norm"].astype(np.float16).astype(np.float64)
+        off += np.mean(held(cache, b)[0].astype(np.float64) != stages["k"].astype(dtype).astype(np.float64))
+        twice += np.mean((hidden @ w_k.T).astype(dtype).astype(np.float64).ravel()
+                         != stages["k"].astype(dtype).astype(np.float64).ravel())  # fmt: skip
+    print(f"\n{dtype}: {off:.2f} % of keys differ from those rounded once, {twice:.2f} % without such products")
+    assert off < twice / 8
+
+
+def test_replays_without_room(monkeypatch):
+    """Of a graph: the sequence that is full is left out whole and its output is NaN."""
+    emulated_gpu.pretend(monkeypatch, num_sms=5)
+    layer = make_layer(config_of(2, 1, 128, 64), "float16", TAME)
+    cache, twin = (filled_cache(layer, [70, *[3] * 9], 72) for _ in range(2))
+    x = layer._backend.xp.asarray(make_hidden(layer.config, 10, 1, dtype="float16"))
+    bind, graph = emulated_gpu.EmulatedLauncher.bind, []
+    with monkeypatch.context() as patch:
+        patch.setattr(emulated_gpu._Stream, "is_capturing", lambda stream: True)
+        patch.setattr(emulated_gpu.EmulatedLauncher, "bind", lambda *args: graph.append(bind(*args)) or (lambda: None))
+        y = layer(x, cache)
+    launches_of(layer)
+    for replay in range(3):
+        for run in graph:
+            run()
+        if replay < 2:
+            assert y.tobytes() == layer(x, twin).tobytes()
+    assert np.isnan(y[0]).all()
+    assert np.isfinite(y[1:]).all()
