@@ -18,6 +18,7 @@ import sys
 import tempfile
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -283,6 +284,22 @@ def translate(text: str) -> str:
     return re.sub(r"(?<=\n)( *)__shared__ (?:__align__\((\d+)\) )?([\w:]+\**) ([^;]+);", _variables, text)
 
 
+FLAGS = ("-std=c++17", "-O1", "-fPIC", "-w", "-fwrapv", "-U_FORTIFY_SOURCE", "-D__CUDA_ARCH__=900",
+         "-D__CUDA_ARCH_FEAT_SM90_ALL")  # fmt: skip
+
+
+@functools.cache
+def compiled_headers() -> tempfile.TemporaryDirectory[str]:
+    """Return a folder with the emulator's headers, compiled once: parsing them would take half of a kernel's build."""
+    folder = tempfile.TemporaryDirectory()
+    for header in HEADER.glob("*.h"):
+        shutil.copy(header, folder.name)
+    whole = Path(folder.name) / "cuda_emulator.h"
+    command = [str(compiler()), *FLAGS, f"-I{folder.name}", "-x", "c++-header", str(whole), "-o", f"{whole}.gch"]
+    subprocess.run(command, check=True)
+    return folder
+
+
 @functools.cache
 def kernel(name: str, macros: Macros, cluster: int = 1):
     """Return a kernel as a function of (grid, threads, smem_bytes, seed, call, maps=None).
@@ -306,7 +323,6 @@ def kernel(name: str, macros: Macros, cluster: int = 1):
         for header in kernels.SOURCES.glob("*.cuh"):
             (Path(folder) / header.name).write_text(translate(header.read_text()))
         (Path(folder) / "kernel.cpp").write_text(
-            "#define __CUDA_ARCH__ 900\n#define __CUDA_ARCH_FEAT_SM90_ALL\n"
             f'#include "cuda_emulator.h"\n{defines}{translate(source)}\n'
             'extern "C" const char* run(unsigned grid, unsigned threads, int smem, unsigned seed, const Call* call,\n'
             "                           const void* maps, size_t bytes) {\n"
@@ -317,8 +333,8 @@ def kernel(name: str, macros: Macros, cluster: int = 1):
         )
         library = Path(folder) / "kernel.so"
         command = [
-            str(compiler()), "-std=c++17", "-O1", "-fPIC", "-shared", "-w", "-fwrapv", "-U_FORTIFY_SOURCE",
-            f"-I{folder}", f"-I{HEADER}", str(Path(folder) / "kernel.cpp"), "-o", str(library),
+            str(compiler()), *FLAGS, "-shared", f"-I{folder}", f"-I{compiled_headers().name}",
+            str(Path(folder) / "kernel.cpp"), "-o", str(library),
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
@@ -444,6 +460,16 @@ def pretend(monkeypatch: Any, num_sms: int, cluster: int = 1, *, hopper: bool = 
 
     ``cluster``: blocks of a cluster of Hopper's own prefill kernels, which there are if ``hopper``.
     """
+    plan = cuda.CudaBackend._plan_launches
+
+    def planned(self: Any, *args: Any, **options: Any) -> list[Launch]:
+        launches = plan(self, *args, **options)
+        compiled_headers()
+        with ThreadPoolExecutor() as pool:  # a call's kernels are built at once
+            list(pool.map(EmulatedLauncher, launches))
+        return launches
+
+    monkeypatch.setattr(cuda.CudaBackend, "_plan_launches", planned)
     monkeypatch.setitem(sys.modules, "cupy", fake_cupy())
     monkeypatch.setattr(cuda, "problem", lambda: None)
     monkeypatch.setattr(cuda, "limits", lambda device: dataclasses.replace(cuda.H200, num_sms=num_sms, wgmma=hopper))
