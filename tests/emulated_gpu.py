@@ -455,6 +455,21 @@ class EmulatedLauncher:
         return run
 
 
+def capture(monkeypatch: Any, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
+    """Return what a call gives while its stream is captured, when nothing runs, and what replays its launches."""
+    bind, graph = EmulatedLauncher.bind, []
+    with monkeypatch.context() as patch:
+        patch.setattr(_Stream, "is_capturing", lambda stream: True)
+        patch.setattr(EmulatedLauncher, "bind", lambda *args: graph.append(bind(*args)) or (lambda: None))
+        result = call()
+
+    def replay() -> None:
+        for run in graph:
+            run()
+
+    return result, replay
+
+
 def pretend(monkeypatch: Any, num_sms: int, cluster: int = 1, *, hopper: bool = True) -> None:
     """Let the package find a GPU with so many multiprocessors, which is this CPU.
 

@@ -98,16 +98,11 @@ def test_replays_without_room(monkeypatch):
     layer = make_layer(config_of(*SHAPES[0][1]), "float16", TAME)
     cache, twin = (filled_cache(layer, [70, *[3] * 9], 72) for _ in range(2))
     x = layer._backend.xp.asarray(make_hidden(layer.config, 10, 1, dtype="float16"))
-    bind, graph = emulated_gpu.EmulatedLauncher.bind, []
-    with monkeypatch.context() as patch:
-        patch.setattr(emulated_gpu._Stream, "is_capturing", lambda stream: True)
-        patch.setattr(emulated_gpu.EmulatedLauncher, "bind", lambda *args: graph.append(bind(*args)) or (lambda: None))
-        y = layer(x, cache)
+    y, replay = emulated_gpu.capture(monkeypatch, lambda: layer(x, cache))
     launches_of(layer)
-    for replay in range(3):
-        for run in graph:
-            run()
-        if replay < 2:
+    for turn in range(3):
+        replay()
+        if turn < 2:
             assert y.tobytes() == layer(x, twin).tobytes()
     assert np.isnan(y[0]).all()
     assert np.isfinite(y[1:]).all()

@@ -118,17 +118,12 @@ def test_replays(launched, monkeypatch):
     layer = make_layer(config_of(2, 1, 128, 64), "float16", TAME)
     cache, twin = (filled_cache(layer, [70, 3], 70 + 2 * 150) for _ in range(2))
     x = layer._backend.xp.asarray(make_hidden(layer.config, 2, 150, dtype="float16"))
-    bind, graph = emulated_gpu.EmulatedLauncher.bind, []
-    with monkeypatch.context() as patch:
-        patch.setattr(emulated_gpu._Stream, "is_capturing", lambda stream: True)
-        patch.setattr(emulated_gpu.EmulatedLauncher, "bind", lambda *args: graph.append(bind(*args)) or (lambda: None))
-        y = layer(x, cache)
+    y, replay = emulated_gpu.capture(monkeypatch, lambda: layer(x, cache))
     assert launched == ["project_qkv_wgmma", "attend_wgmma", "project_output_wgmma"]
-    for replay in range(3):
-        for run in graph:
-            run()
+    for turn in range(3):
+        replay()
         check_workspace()
-        if replay < 2:
+        if turn < 2:
             assert y.tobytes() == layer(x, twin).tobytes()
     assert np.isnan(y[0]).all()
 

@@ -25,7 +25,7 @@ SMALL_WINDOW = 40
 # Heads and multiprocessors for which project_qkv_few and project_output_few take clusters of 2 and 3, 3 and 4, 4 and 6.
 CLUSTERS = (((2, 2), 12), ((2, 2), 18), ((6, 2), 27))
 # Tokens, heads, columns and multiprocessors for which those with wgmma take clusters of 160 and 192 rows of weights,
-# 144 and 64, 224 and 96, 192 and 144, of 1, 2 and 4 blocks; and two tiles of tokens.
+# 144 and 64, 224 and 96, 192 and 144, of 2 and 4 blocks; and two tiles of tokens.
 FEW_TILES = (
     (12, (4, 2), 512, 14), (64, (6, 2), 512, 40), (12, (6, 2), 512, 27), (24, (2, 2), 576, 8), (70, (2, 2), 576, 8),
 )  # fmt: skip
