@@ -262,7 +262,7 @@ def warmup(
     builds: list[Callable[[], Any]]
     if archs:
         builds = [functools.partial(warming.build_offline, arch, *pair) for arch in dict.fromkeys(archs)
-                  for pair in pairs if kernels.compiles_for(*pair, arch)]  # fmt: skip
+                  for pair in pairs if kernels.compiles_for(pair[0], arch)]  # fmt: skip
     else:
         builds = [warming.on_this_gpu(functools.partial(warming.build_here, *pair)) for pair in pairs]
     start = time.perf_counter()

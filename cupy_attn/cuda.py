@@ -253,7 +253,7 @@ class CudaBackend:
             batch_invariant=batch_invariant,
         )
         why = launch.supported(config, weights.dtype.name)
-        if why is None and batch_invariant and not launch.multiplies_few(config, self._limits):
+        if why is None and batch_invariant and not launch.holds_a_row(config, self._limits):
             raise ConfigError(
                 f"batch_invariant keeps a row of x in shared memory, and hidden_size {config.hidden_size} does not fit "
                 f"this GPU's {self._limits.block_smem} bytes; leave batch_invariant out."

@@ -170,11 +170,8 @@ def project_qkv(
 
 
 def ready_counters(rows: int) -> int:
-    """Return how many counters ``project_qkv.cu`` and ``project_qkv_wgmma.cu`` need for ``rows`` rows of x.
-
-    Two, and one for each tile of rows: of 64 in the former; in the latter of 128, twice that in a cluster.
-    """
-    return 3 + -(-rows // (GEMM_WARPS * 16))
+    """Return how many counters ``project_qkv.cu`` needs: two, and one for each tile of 64 of the ``rows`` rows of x."""
+    return 2 + -(-rows // (GEMM_WARPS * 16))
 
 
 def project_output(config: AttentionConfig, shape: Shape, limits: Limits, rows: int, *, collect: bool) -> Launch:
@@ -300,11 +297,9 @@ def _few(name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size
     # Where a second block fits on each multiprocessor, two with half of the tokens are sooner done than one with all.
     while groups > 2 and 2 * tiles * splits * -(-tokens // (8 * groups)) <= 2 * limits.num_sms:
         groups //= 2
-    in_clusters = limits.wgmma and splits > 1  # on Hopper: where they were measured
-    macros = macros_of(shape, GROUPS=groups, CLUSTERS=in_clusters and 1)
+    macros = macros_of(shape, GROUPS=groups)
     smem = FEW_STAGES * parts * 8 * groups * FEW_CHUNK * 2
-    return Launch(name, macros, tiles * splits * -(-tokens // (8 * groups)), FEW_THREADS, smem, overlaps=True,
-                  splits=splits if in_clusters else 1)  # fmt: skip
+    return Launch(name, macros, tiles * splits * -(-tokens // (8 * groups)), FEW_THREADS, smem, overlaps=True)
 
 
 def _row_bytes(config: AttentionConfig) -> int:
@@ -312,8 +307,8 @@ def _row_bytes(config: AttentionConfig) -> int:
     return config.hidden_size * (4 + 2)
 
 
-def multiplies_few(config: AttentionConfig, limits: Limits) -> bool:
-    """Return whether ``project_qkv_few.cu`` can be launched, which wants a row of x in shared memory."""
+def holds_a_row(config: AttentionConfig, limits: Limits) -> bool:
+    """Return whether a row of x fits shared memory, which who normalises one by a block wants."""
     return _row_bytes(config) + STATIC_SMEM <= limits.block_smem
 
 
@@ -321,14 +316,13 @@ def project_qkv_few(config: AttentionConfig, shape: Shape, limits: Limits, token
     """Launch of ``project_qkv_few.cu``."""
     rows = config.q_size + 2 * config.kv_size
     one = _few("project_qkv_few", shape, limits, tokens, rows, config.hidden_size, HIDDEN_PARTS)
-    # A block to normalise each token; whole clusters of them.
     smem = max(one.smem_bytes, _row_bytes(config))
-    return dataclasses.replace(one, grid=-(-tokens // one.splits) * one.splits + one.grid, smem_bytes=smem)
+    return dataclasses.replace(one, grid=tokens + one.grid, smem_bytes=smem)  # a block to normalise each token
 
 
-def normalise_rows(config: AttentionConfig, shape: Shape, tokens: int) -> Launch:
-    """Launch of ``normalise_rows.cu``, which is for Hopper."""
-    macros = macros_of(plain(shape))
+def normalise_rows(config: AttentionConfig, shape: Shape, tokens: int, *, rest: str = "__half") -> Launch:
+    """Launch of ``normalise_rows.cu``, which is for Hopper. ``rest``: the type of what rounding left over."""
+    macros = macros_of(plain(shape), REST=rest)
     return Launch("normalise_rows", macros, tokens, ROW_THREADS + 32, _row_bytes(config), overlaps=True)
 
 
@@ -339,7 +333,7 @@ def project_output_few(config: AttentionConfig, shape: Shape, limits: Limits, to
 
 def few_floats(one: Launch) -> int:
     """Return the floats that blocks of ``project_*_few.cu`` leave for each other in memory."""
-    return 0 if one.splits > 1 else one.grid * FEW_ROWS * 8 * int(dict(one.macros)["GROUPS"])
+    return one.grid * FEW_ROWS * 8 * int(dict(one.macros)["GROUPS"])
 
 
 def few_counters(one: Launch) -> int:
@@ -371,7 +365,7 @@ def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, se
     # Whatever the batch, the same kernels must multiply.
     first = None if shape.batch_invariant else decode_project(config, shape, limits, tokens)
     last = None if shape.batch_invariant else decode_output(config, shape, limits, tokens)
-    few = multiplies_few(config, limits) and (tokens <= MAX_FEW or shape.batch_invariant)
+    few = holds_a_row(config, limits) and (tokens <= MAX_FEW or shape.batch_invariant)
     alone = first is None
     if first is None and few:
         first = project_qkv_few(config, shape, limits, tokens)

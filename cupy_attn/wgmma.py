@@ -23,11 +23,15 @@ LEAST_ROWS, LEAST_QUERIES = 64, 128  # of a call, of a sequence: fewer leave mos
 STAGES = 2  # attend_wgmma.cu
 PAST_ROWS_A_WARP = 8
 ALIGNMENT = 1024  # of dynamic shared memory; what is static takes no more than that
-# gemm_few_wgmma.cuh: tokens of a warpgroup, rows of W of a cluster, its blocks, buffers of tokens and at most of W; and
-# the tokens of a call that it is taken for, if there are as many weights of q, k and v at all events.
-FEW_TOKENS, FEW_COLUMNS, FEW_SPLITS = 64, (48, 64, 96, 128, 144, 160, 192, 224, 256), (1, 2, 4)
+# gemm_few_wgmma.cuh: tokens of a warpgroup, and how many warpgroups share W; rows of W of a cluster, at most as many as
+# fit registers three times on the precise path, for one warpgroup and for two; blocks of a cluster; buffers.
+FEW_TOKENS, MOST_TOKEN_TILES, FEW_SPLITS = 64, 2, (1, 2, 4)
+FEW_COLUMNS, MOST_EXACT_COLUMNS = (48, 64, 96, 128, 144, 160, 192, 224, 256), (144, 96)
 X_BYTES, MOST_X_STAGES, MOST_W_STAGES = 48 << 10, 16, 20
-LEAST_FEW, MOST_FEW, MANY_WEIGHTS = launch.DECODE_VECTORS + 1, 128, 20 << 20
+ROUND = 4096  # what it costs that clusters begin when others end, in rows of 64 columns
+# The fewest tokens of a decode call that those kernels are taken for, unless q, k and v have so many weights; the most
+# rows of a prefill whose output they project.
+LEAST_FEW, MANY_WEIGHTS, MOST_FEW_ROWS = launch.DECODE_VECTORS + 1, 20 << 20, 384
 
 
 def is_wanted() -> bool:
@@ -37,7 +41,7 @@ def is_wanted() -> bool:
 
 def projects(config: AttentionConfig, shape: Shape, limits: Limits, rows: int, *, collect: bool) -> bool:
     """Return whether both projections of ``rows`` rows of x run on these kernels."""
-    fits = shape.head_dim == HEAD_DIM and config.hidden_size % GEMM_BLOCK_K == 0
+    fits = shape.head_dim == HEAD_DIM and config.hidden_size % GEMM_BLOCK_K == 0 and launch.holds_a_row(config, limits)
     enough = limits.num_sms >= CLUSTER and rows >= LEAST_ROWS
     return limits.wgmma and fits and not collect and enough
 
@@ -80,7 +84,7 @@ def _project(
 
 def project_qkv(config: AttentionConfig, shape: Shape, limits: Limits, rows: int, past: int) -> Launch:
     """Launch of ``project_qkv_wgmma.cu`` for ``rows`` rows of x and ``past`` cached keys of all heads."""
-    warps = rows + -(-past // PAST_ROWS_A_WARP)
+    warps = -(-past // PAST_ROWS_A_WARP)
     return _project("project_qkv_wgmma", shape, limits, rows, config.q_size + 2 * config.kv_size,
                     (128,) if shape.precise else (256, 128),
                     ("hidden", "qkv_proj") if shape.precise else ("hidden", "qkv_proj", "k_proj"),
@@ -98,9 +102,13 @@ def attend(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, se
 
 
 def project_output(config: AttentionConfig, shape: Shape, limits: Limits, rows: int) -> Launch:
-    """Launch of ``project_output_wgmma.cu``."""
-    return _project("project_output_wgmma", launch.plain(shape), limits, rows, config.hidden_size, (256, 128, 64),
-                    ("attention", "o_proj"))  # fmt: skip
+    """Launch of ``project_output_wgmma.cu``, or where that would leave half of the GPU idle of the kernel for a few."""
+    plain = launch.plain(shape)
+    one = _project("project_output_wgmma", plain, limits, rows, config.hidden_size, (256, 128, 64),
+                   ("attention", "o_proj"))  # fmt: skip
+    if rows <= MOST_FEW_ROWS and 2 * one.grid <= limits.num_sms and not shape.batch_invariant:
+        return _project_output_few(config, plain, limits, rows, room=0)
+    return one
 
 
 def prefill(
@@ -109,12 +117,14 @@ def prefill(
     """Return the launches of a call of S tokens a sequence, those of ``launch.prefill`` where these do not fit."""
     first, middle, last = launch.prefill(config, shape, limits, batch, seq, past_tiles=past_tiles, collect=collect)
     rows = batch * seq
+    ahead = []
     if projects(config, shape, limits, seq if shape.batch_invariant else rows, collect=collect):
         past = past_tiles * launch.PAST_ROWS * batch * config.num_key_value_heads
+        ahead = [launch.normalise_rows(config, shape, rows, rest="__half" if shape.precise else "E4M3")]
         first, last = project_qkv(config, shape, limits, rows, past), project_output(config, shape, limits, rows)
     if attends(shape, limits, seq, collect=collect):
         middle = attend(config, shape, limits, batch, seq)
-    return [first, middle, last]
+    return [*ahead, first, middle, last]
 
 
 def _clusters(limits: Limits, blocks: int) -> int:
@@ -130,34 +140,47 @@ def _few(
 
     ``boxes``: the arrays that are copied, of tokens and of W. ``room``: bytes of shared memory left to other kernels.
     """
-    token_tiles, chunks = -(-tokens // FEW_TOKENS), -(-k_size // GEMM_BLOCK_K)
+    token_tiles, chunks = min(-(-tokens // FEW_TOKENS), MOST_TOKEN_TILES), -(-k_size // GEMM_BLOCK_K)
+    of_cluster, groups = min(tokens, token_tiles * FEW_TOKENS), -(-tokens // (token_tiles * FEW_TOKENS))
+    # Whatever the batch, k must be cut the same way if bits may not depend on it.
+    seen_tiles, seen_groups = (1, 1) if shape.batch_invariant else (token_tiles, groups)
+    exact = min(MOST_EXACT_COLUMNS) if shape.batch_invariant else MOST_EXACT_COLUMNS[token_tiles - 1]
+    sizes = [size for size in FEW_COLUMNS if not shape.precise or size <= exact]
 
     def cost(columns: int, splits: int) -> tuple[int, int]:
         """Return what the busiest multiprocessor reads, of W and of tokens; and of equals the blocks."""
-        clusters = -(-rows // columns)
+        clusters = -(-rows // columns) * seen_groups
         rounds = -(-clusters // _clusters(limits, splits))
-        return rounds * (columns + FEW_TOKENS) * -(-chunks // splits), clusters * splits
+        return rounds * ((columns + seen_tiles * FEW_TOKENS) * -(-chunks // splits) + ROUND), clusters * splits
 
-    columns, splits = min(((n, c) for n in FEW_COLUMNS for c in FEW_SPLITS if c <= chunks), key=lambda one: cost(*one))
-    x_rows, share = -(-tokens // 8) * 8, -(-chunks // splits)
+    columns, splits = min(((n, c) for n in sizes for c in FEW_SPLITS if c <= chunks), key=lambda one: cost(*one))
+    x_rows, share = -(-of_cluster // 8) * 8, -(-chunks // splits)
     x_tile, w_tile = x_rows * GEMM_BLOCK_K * 2, columns * GEMM_BLOCK_K * 2
     x_bytes = min(X_BYTES // x_tile, MOST_X_STAGES, 2 * share) * x_tile
     w_bytes = min((limits.block_smem - ALIGNMENT - room - x_bytes) // w_tile, MOST_W_STAGES, share) * w_tile
     # The last tile of tokens is read as if it had all rows; and sums are of 16 tokens each, a power of two of them.
     least = max(x_bytes - x_tile + token_tiles * FEW_TOKENS * GEMM_BLOCK_K * 2,
-                columns * 64 << (-(-tokens // 16) - 1).bit_length())  # fmt: skip
+                columns * 64 << (-(-of_cluster // 16) - 1).bit_length())  # fmt: skip
     settings = macros_of(shape, BLOCK_N=columns, TOKEN_TILES=token_tiles)
-    return Launch(name, settings, -(-rows // columns) * splits, WARPGROUP * token_tiles + 64,
-                  max(x_bytes + w_bytes, least), overlaps=True, splits=splits,
-                  boxes=((boxes[0], x_rows), (boxes[1], columns)))  # fmt: skip
+    clusters = -(-rows // columns) * groups
+    return Launch(name, settings, clusters * splits, WARPGROUP * token_tiles + 64, max(x_bytes + w_bytes, least),
+                  overlaps=True, splits=splits, boxes=((boxes[0], x_rows), (boxes[1], columns)))  # fmt: skip
+
+
+def _project_output_few(config: AttentionConfig, plain: Shape, limits: Limits, tokens: int, room: int) -> Launch:
+    """Launch of ``project_output_few_wgmma.cu``."""
+    return _few("project_output_few_wgmma", plain, limits, tokens, config.hidden_size, config.q_size,
+                ("attention", "o_rows"), room)  # fmt: skip
 
 
 def projects_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: int) -> bool:
     """Return whether both projections of so many tokens run on ``project_*_few_wgmma.cu``."""
-    fits = config.hidden_size % GEMM_BLOCK_K == 0 and launch.multiplies_few(config, limits)
-    plain = not shape.precise and not shape.batch_invariant
-    enough = tokens >= LEAST_FEW or (config.q_size + 2 * config.kv_size) * config.hidden_size >= MANY_WEIGHTS
-    return limits.wgmma and fits and plain and enough and tokens <= MOST_FEW
+    fits = config.hidden_size % GEMM_BLOCK_K == 0 and launch.holds_a_row(config, limits)
+    weights = (config.q_size + 2 * config.kv_size) * config.hidden_size
+    # Whatever the batch, the same kernels must multiply.
+    enough = tokens >= LEAST_FEW or (weights >= MANY_WEIGHTS and not shape.precise)
+    wanted = shape.batch_invariant or (enough and tokens <= launch.MAX_FEW)
+    return limits.wgmma and fits and wanted
 
 
 def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int) -> list[Launch]:
@@ -171,6 +194,5 @@ def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, se
     room = min(rows.smem_bytes + launch.RESERVED_SMEM + ALIGNMENT, limits.block_smem // 4)
     first = _few("project_qkv_few_wgmma", shape, limits, tokens, config.q_size + 2 * config.kv_size, config.hidden_size,
                  ("hidden_parts", "qkv_rows"), room)  # fmt: skip
-    last = _few("project_output_few_wgmma", shape, limits, tokens, config.hidden_size, config.q_size,
-                ("attention", "o_rows"), room)  # fmt: skip
+    last = _project_output_few(config, launch.plain(shape), limits, tokens, room)
     return [rows, first, middle, last]

@@ -1,21 +1,14 @@
 // W v for some tokens, 8 GROUPS to a tile, memory bound: rows of W go straight from memory to registers and are the tensor
-// cores' A operand, tokens come through shared memory and are B. k is split between blocks as well: with CLUSTERS they are a
-// cluster, of a size that the launch says, and add up through shared memory, a group of tokens each; else the last one does.
+// cores' A operand, tokens come through shared memory and are B. k is split between blocks as well, of which the last adds up.
 //
 // A product of a row may take its k in any order if both sides agree: lane l reads 8 consecutive k of rows l / 4 and
 // l / 4 + 8 of W and of token l / 4, and calls the first four of them the first k16 step and the rest the second.
-// A token's sums do not depend on how many others there are. -D: those of call.cuh, GROUPS (2, 4 or 8), CLUSTERS.
+// A token's sums do not depend on how many others there are. -D: those of call.cuh, GROUPS (2, 4 or 8).
 #pragma once
 #include "call.cuh"
-#include "cluster.cuh"
 
 namespace few {
 
-#ifdef CLUSTERS
-constexpr bool IN_CLUSTERS = true;
-#else
-constexpr bool IN_CLUSTERS = false;
-#endif
 constexpr int WARPS = 4;
 constexpr int THREADS = 32 * WARPS;
 constexpr int ROWS = 16 * WARPS;  // of W, of a tile
@@ -24,7 +17,6 @@ constexpr int STEP = 32, STEPS = 2, CHUNK = STEP * STEPS;  // k of one load, of 
 constexpr int STAGES = 4;  // copies of tokens
 constexpr int AHEAD = 3;   // chunks of W under way
 constexpr int PIECES = CHUNK / 8;  // of 16 bytes, of a token's chunk
-constexpr int MOST_SPLITS = 8;     // parts of k, blocks of a cluster
 
 using Sums = float[GROUPS][4];  // rows l / 4 and 8 more of a warp's 16, tokens 8 g + 2 (l % 4) + {0, 1}
 
@@ -155,40 +147,12 @@ struct Weights {
     }
 };
 
-// Add up what the blocks of a tile found, in their order, and call finish(g, sums, prepare(g)) for every group: in a cluster
-// each in one of its blocks, else all in the block that is last. What `prepare` loads is needed late. `smem`: GROUPS x THREADS
-// float4, or `partial` and `counters`, one for each tile, zero, and left so. All threads together.
+// Add up what the blocks of a tile found, in their order, and call finish(g, sums, prepare(g)) for every group, in the block that
+// is last. What `prepare` loads is needed late. `counters`: one for each tile, zero, and left so. All threads together.
 template <typename Prepare, typename Finish>
-__device__ __forceinline__ void add_up(const Place& at, Sums& sums, void* smem, float* partial, int* counters,
-                                       Prepare prepare, Finish finish) {
+__device__ __forceinline__ void add_up(const Place& at, Sums& sums, float* partial, int* counters, Prepare prepare,
+                                       Finish finish) {
     using More = decltype(prepare(0));
-    if constexpr (IN_CLUSTERS) {
-        const int rank = at.split, splits = blocks_of_cluster();
-        float4* const own = static_cast<float4*>(smem) + threadIdx.x;
-        More more = prepare(min(rank, GROUPS - 1));
-        __syncthreads();  // nobody reads tokens any more
-#pragma unroll
-        for (int g = 0; g < GROUPS; ++g) own[g * THREADS] = make_float4(sums[g][0], sums[g][1], sums[g][2], sums[g][3]);
-        cluster_sync();
-#pragma unroll 1
-        for (int g = rank; g < GROUPS; g += splits) {
-            float4 found[MOST_SPLITS];
-#pragma unroll
-            for (int other = 0; other < MOST_SPLITS; ++other)  // all of them under way; the last ones again, but not added
-                found[other] = load_from(address_in(min(other, splits - 1), own + g * THREADS));
-            float total[4] = {};
-#pragma unroll
-            for (int other = 0; other < MOST_SPLITS; ++other) {
-                if (other >= splits) break;
-                total[0] += found[other].x, total[1] += found[other].y;
-                total[2] += found[other].z, total[3] += found[other].w;
-            }
-            finish(g, total, more);
-            if (g + splits < GROUPS) more = prepare(g + splits);
-        }
-        cluster_meet();  // nobody reads this block's sums any more
-        return;
-    }
     if (at.splits > 1) {
         __shared__ bool is_last;
         float4* const of_tile =

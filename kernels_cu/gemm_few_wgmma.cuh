@@ -1,10 +1,11 @@
 // x W^T for some tokens on Hopper's own units, memory bound: float16 in, float32 sums. A cluster, of a size that the launch
 // says, has BLOCK_N (-D) rows of W; each of its blocks has a part of their k, and they add up through shared memory.
 //
-// A warpgroup multiplies 64 tokens, which are rows of its products, TOKEN_TILES (-D) do so at once. Two threads copy tiles of W
-// and of tokens through a ring each. That of W takes what shared memory the launch leaves, and is full before the kernel ahead
-// has ended. A tile of tokens has no more rows than there are, rounded up to 8: the others of a product are whatever lies behind
-// them, and so are their sums. A token's sums do not depend on how many others there are.
+// A warpgroup multiplies 64 tokens, which are rows of its products, TOKEN_TILES (-D) do so at once; more tokens are left to other
+// clusters. Two threads copy tiles of W and of tokens through a ring each. That of W takes what shared memory the launch leaves, and
+// is full before the kernel ahead has ended. A tile of tokens has no more rows than there are, rounded up to 8: the others of a
+// product are whatever lies behind them, and so are their sums. A token's sums depend on how many others there are only in how the
+// launch cuts k. -D: BLOCK_N, TOKEN_TILES, those of call.cuh.
 #pragma once
 #include "call.cuh"
 #include "wgmma.cuh"
@@ -17,6 +18,7 @@ constexpr int UNDER_WAY = 64 << 10;  // bytes of W: more would only stand in the
 constexpr int BLOCK_K = TILE_COLUMNS;
 constexpr int CONSUMERS = WARPGROUP * TOKEN_TILES;  // threads
 constexpr int THREADS = CONSUMERS + 64;
+constexpr int MOST_TOKENS = 64 * TOKEN_TILES;  // of a cluster
 constexpr int W_TILE = BLOCK_N * BLOCK_K;  // halves
 constexpr int MOST_SPLITS = 4;             // blocks of a cluster
 constexpr int GROUPS = BLOCK_N / 8;        // of 8 rows of W: four sums of a thread
@@ -59,17 +61,21 @@ using XRing = Ring<MOST_X_STAGES>;
 // What a block multiplies, and how it divides its shared memory: tiles of tokens, then as many of W as fit.
 struct Place {
     int first_n;                     // row of W
+    int first_token, num_tokens;
     int split, splits;               // its place in the cluster, and how many that has
     int first_chunk, chunks;         // of k
     int x_tile, x_stages, w_stages;  // halves, tiles
 
-    __device__ __forceinline__ Place(int k_size, int num_tokens) {
+    __device__ __forceinline__ Place(int k_size, int all_tokens) {
         splits = blocks_of_cluster(), split = rank_in_cluster();
-        first_n = blockIdx.x / splits * BLOCK_N;
+        const int cluster = blockIdx.x / splits, token_tiles = (all_tokens + MOST_TOKENS - 1) / MOST_TOKENS;
+        first_n = cluster / token_tiles * BLOCK_N;
+        first_token = cluster % token_tiles * MOST_TOKENS;
+        num_tokens = min(all_tokens - first_token, MOST_TOKENS);
         const int all = (k_size + BLOCK_K - 1) / BLOCK_K, share = (all + splits - 1) / splits;
         first_chunk = split * share;
         chunks = max(min(share, all - first_chunk), 0);
-        x_tile = (num_tokens + 7) / 8 * 8 * BLOCK_K;
+        x_tile = (min(all_tokens, MOST_TOKENS) + 7) / 8 * 8 * BLOCK_K;
         x_stages = min(min(X_BYTES / 2 / x_tile, MOST_X_STAGES), 2 * share);
         w_stages = min((dynamic_shared_bytes() / 2 - x_stages * x_tile) / W_TILE, MOST_W_STAGES);
     }
@@ -113,7 +119,7 @@ __device__ __forceinline__ void copy_tokens(const Place& at, Rings& rings, __hal
     for (int i = 0; i < at.chunks; ++i)
 #pragma unroll 1
         for (int p = parts - 1; p >= 0; --p)
-            rings.x.copy(to, smem, at.x_tile, x, p * part + at.column(i), 0);
+            rings.x.copy(to, smem, at.x_tile, x, p * part + at.column(i), at.first_token);
 }
 
 // The sums of this block's part of k, a warpgroup's.
@@ -132,10 +138,10 @@ __device__ __forceinline__ void multiply(const Place& at, Rings& rings, const __
     for (int step = 0; step < steps; ++step) {
         if (part == 0) barrier_wait(&rings.w.full[w_at.stage], w_at.parity);
         barrier_wait(&rings.x.full[x_at.stage], x_at.parity);
+        const unsigned long long x_tile = x + x_at.stage * (at.x_tile * 2 / 16), w_tile = w + w_at.stage * (W_TILE * 2 / 16);
         products_begin();
 #pragma unroll
-        for (int i = 0; i < BLOCK_K / 16; ++i)
-            ::multiply(sums, x + x_at.stage * (at.x_tile * 2 / 16) + i * 2, w + w_at.stage * (W_TILE * 2 / 16) + i * 2, true);
+        for (int i = 0; i < BLOCK_K / 16; ++i) ::multiply(sums, x_tile + i * 2, w_tile + i * 2, true);
         products_commit();
         products_wait<1>();
         if (step > 0 && arrives) {  // the step before is done
@@ -150,9 +156,63 @@ __device__ __forceinline__ void multiply(const Place& at, Rings& rings, const __
     settled(sums);
 }
 
-// What threads that copy do in the end: others read this block's sums.
-__device__ __forceinline__ void stand_by() {
+// The same on the precise path, tokens in two parts: tensor cores cut off what does not fit a float32 sum, so sums are short and
+// added up outside them, one while the other is multiplied.
+__device__ __forceinline__ void multiply_exactly(const Place& at, Rings& rings, const __half* smem, Sums& sums) {
+    constexpr int PER_TILE = 2, SHORT = BLOCK_K / 16 / PER_TILE, COUNT = 2 * PER_TILE;  // sums of a tile, products of one
+    const int tile = uniform(threadIdx.x / WARPGROUP);
+    const unsigned long long w = operand(shared_address(smem + at.x_stages * at.x_tile));
+    const unsigned long long x = operand(shared_address(smem + tile * 64 * BLOCK_K));
+    WRing::Cursor w_at = {at.w_stages};
+    XRing::Cursor x_at = {at.x_stages};
+    const bool arrives = threadIdx.x % 32 == 0;
+#pragma unroll
+    for (int i = 0; i < 4 * GROUPS; ++i) sums[i] = 0.0f;
+    auto add = [&](Sums& found) {
+        settled(found);
+#pragma unroll
+        for (int i = 0; i < 4 * GROUPS; ++i) sums[i] += found[i];
+    };
+#pragma unroll 1
+    for (int chunk = 0; chunk < at.chunks; ++chunk) {
+        Sums found[2];
+        int x_stages[2];
+        barrier_wait(&rings.w.full[w_at.stage], w_at.parity);
+        const unsigned long long w_tile = w + w_at.stage * (W_TILE * 2 / 16);
+#pragma unroll
+        for (int i = 0; i < COUNT; ++i) {
+            if (i % PER_TILE == 0) {
+                barrier_wait(&rings.x.full[x_at.stage], x_at.parity);
+                x_stages[i / PER_TILE] = x_at.stage;
+                x_at.advance();
+            }
+            const unsigned long long x_tile = x + x_stages[i / PER_TILE] * (at.x_tile * 2 / 16);
+            products_begin();
+#pragma unroll
+            for (int j = 0; j < SHORT; ++j) {
+                const int k = 2 * (i % PER_TILE * SHORT + j);
+                ::multiply(found[i % 2], x_tile + k, w_tile + k, j > 0);
+            }
+            products_commit();
+            if (i == 0) continue;
+            products_wait<1>();
+            add(found[(i + 1) % 2]);
+        }
+        products_wait<0>();
+        add(found[(COUNT + 1) % 2]);
+        if (arrives) {
+            barrier_arrive(&rings.x.empty[x_stages[0]]), barrier_arrive(&rings.x.empty[x_stages[1]]);
+            barrier_arrive(&rings.w.empty[w_at.stage]);
+        }
+        w_at.advance();
+    }
+}
+
+// What threads that copy do in the end: others read this block's sums, unless it is alone. (Then a cluster's barrier would be
+// __syncthreads, which all threads would have to come to at the same place.)
+__device__ __forceinline__ void stand_by(const Place& at) {
     __syncwarp();
+    if (at.splits == 1) return;
     cluster_sync();
     cluster_meet();
 }
@@ -161,13 +221,12 @@ __device__ __forceinline__ void stand_by() {
 // of W and token m; `prepare(n, m)` loads early what that needs. Warps exchange the sums of 8 rows of W and 16 tokens, an item,
 // shared out among all of the cluster. Few instructions in what runs once: they come from memory, behind everybody's weights.
 template <typename Prepare, typename Finish>
-__device__ __forceinline__ void product(const Place& at, Rings& rings, __half* smem, int parts, int num_tokens, Prepare prepare,
-                                        Finish finish) {
+__device__ __forceinline__ void product(const Place& at, Rings& rings, __half* smem, int parts, Prepare prepare, Finish finish) {
     constexpr int WARPS = CONSUMERS / 32, AT_ONCE = 2;
     const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, step = WARPS * at.splits;
-    const int used = min((num_tokens + 15) / 16, WARPS), shift = (used > 1) + (used > 2) + (used > 4);  // warps with tokens
+    const int used = min((at.num_tokens + 15) / 16, WARPS), shift = (used > 1) + (used > 2) + (used > 4);  // warps with tokens
     const int items = GROUPS << shift;
-    const int m = lane / 4, n = at.first_n + lane % 4 * 2;
+    const int m = at.first_token + lane / 4, n = at.first_n + lane % 4 * 2;
     auto n_of = [&](int item) { return n + (item >> shift) * 8; };
     auto m_of = [&](int item) { return m + (item & ((1 << shift) - 1)) * 16; };
     decltype(prepare(0, 0)) more[AT_ONCE][2];
@@ -181,7 +240,10 @@ __device__ __forceinline__ void product(const Place& at, Rings& rings, __half* s
     int first = at.split * WARPS + warp;
     prepare_from(first);
     Sums sums;
-    multiply(at, rings, smem, parts, sums);
+    if constexpr (PARTS == 2)
+        multiply_exactly(at, rings, smem, sums);
+    else
+        multiply(at, rings, smem, parts, sums);
 
     float4* const own = reinterpret_cast<float4*>(smem) + lane;
     unsigned found_at[MOST_SPLITS];
@@ -192,7 +254,8 @@ __device__ __forceinline__ void product(const Place& at, Rings& rings, __half* s
 #pragma unroll
         for (int g = 0; g < GROUPS; ++g)
             own[((g << shift) + warp) * 32] = make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]);
-    cluster_sync();
+    if (at.splits > 1) cluster_sync();
+    else named_wait(1, CONSUMERS);
 #pragma unroll 1
     for (; first < items; first += AT_ONCE * step) {
         float4 found[AT_ONCE][MOST_SPLITS];
@@ -217,7 +280,7 @@ __device__ __forceinline__ void product(const Place& at, Rings& rings, __half* s
         }
         prepare_from(first + AT_ONCE * step);
     }
-    cluster_meet();  // nobody reads this block's sums any more
+    if (at.splits > 1) cluster_meet();  // nobody reads this block's sums any more
 }
 
 }  // namespace few

@@ -153,15 +153,14 @@ struct Consumer {
 
     // The sums of its rows over so many buffers; before them, with HasRest, over `rest_steps` of E4M3, times rest_unscale.
     // Tensor cores cut off what does not fit a float32 sum. With Exact the sums of 32 products are added up outside them,
-    // rounded to nearest: eight times closer, for twice the registers.
+    // rounded to nearest: eight times closer, for three times the registers.
     // `meanwhile` is done a few steps before the end, or after it with Exact, to load what comes after; a buffer of x has been
     // waited for by then.
     template <bool Exact, bool HasRest, typename Meanwhile>
     __device__ __forceinline__ void multiply(int rest_steps, float rest_unscale, int steps, Sums& sums, Meanwhile meanwhile) {
         if constexpr (Exact) {
-            Sums part;
-            auto add_up = [&]() {
-                products_wait<0>();
+            Sums parts[2];  // one is multiplied while the other is added
+            auto add_up = [&](Sums& part) {
                 settled(part);
 #pragma unroll
                 for (int i = 0; i < BLOCK_N / 2; ++i) sums[i] += part[i];
@@ -169,14 +168,26 @@ struct Consumer {
 #pragma unroll
             for (int i = 0; i < BLOCK_N / 2; ++i) sums[i] = 0.0f;
 #pragma unroll 1
-            for (int step = 0; step < steps; ++step) {
+            for (int step = 0; step < steps; step += 2) {  // there are as many of either half of x
                 wait();
-                start_products<0, 2>(part, false);
-                add_up();
-                start_products<2, 2>(part, false);
-                add_up();
+                start_products<0, 2>(parts[0], false);
+                start_products<2, 2>(parts[1], false);
+                products_wait<1>();
+                add_up(parts[0]);
+                const int first = at.stage;
+                at.advance();
+                wait();
+                start_products<0, 2>(parts[0], false);
+                products_wait<1>();
+                release(first);
+                add_up(parts[1]);
+                start_products<2, 2>(parts[1], false);
+                products_wait<1>();
+                add_up(parts[0]);
+                products_wait<0>();
                 release(at.stage);
                 at.advance();
+                add_up(parts[1]);
             }
             meanwhile();
         } else {

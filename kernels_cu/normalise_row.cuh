@@ -1,4 +1,4 @@
-// RMSNorm of a row of x by a block, for products of some tokens: hidden states in high and low halves.
+// RMSNorm of a row of x by a block, for products that follow: hidden states, and what rounding them left over.
 //
 // Few instructions: they come from memory, behind everybody's weights. Shared memory: H floats and H STORAGE.
 #pragma once
@@ -24,9 +24,11 @@ __device__ __forceinline__ void fetch_row(const Call& call, int m, char* smem) {
     copies_commit();
 }
 
-// Normalise it once it is there, ROW_THREADS together.
+// Normalise it once it is there, ROW_THREADS together. Rest: the type of what rounding left over, which stands behind the row.
+template <typename Rest = __half>
 __device__ __forceinline__ void normalise_row(const Call& call, int m, const char* smem) {
-    constexpr int WARPS = ROW_THREADS / 32;
+    constexpr int WARPS = ROW_THREADS / 32, BYTES = sizeof(__half) + sizeof(Rest);
+    constexpr float REST_SCALE = sizeof(Rest) == sizeof(E4M3) ? E4M3_SCALE : 1.0f;
     __shared__ float of_warps[WARPS];
     const int size = call.hidden_size;
     const float* const scale = reinterpret_cast<const float*>(smem);
@@ -54,10 +56,11 @@ __device__ __forceinline__ void normalise_row(const Call& call, int m, const cha
         load8(scale + i, scales);
 #pragma unroll
         for (int j = 0; j < VECTOR; ++j) values[j] *= rstd * scales[j];
-        __half* const target = call.hidden + static_cast<long long>(m) * HIDDEN_PARTS * size + i;
-        store8(target, values);
+        __half* const target =
+            reinterpret_cast<__half*>(reinterpret_cast<char*>(call.hidden) + static_cast<long long>(m) * BYTES * size);
+        store8(target + i, values);
 #pragma unroll
-        for (int j = 0; j < VECTOR; ++j) values[j] -= __half2float(__float2half_rn(values[j]));
-        store8(target + size, values);
+        for (int j = 0; j < VECTOR; ++j) values[j] = (values[j] - __half2float(__float2half_rn(values[j]))) * REST_SCALE;
+        store8(reinterpret_cast<Rest*>(target + size) + i, values);
     }
 }

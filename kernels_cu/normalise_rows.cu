@@ -1,7 +1,8 @@
-// RMSNorm of some tokens, ahead of project_qkv_few_wgmma.cu; describes rows for the kernels that follow.
-//   hidden = x / rms(x) * w_in          [B S, 2 H] float16: rounded, and what rounding left over
+// RMSNorm of all rows, ahead of project_qkv_few_wgmma.cu and project_qkv_wgmma.cu; describes rows for the kernels that follow.
+//   hidden = x / rms(x) * w_in          [B S, H] float16, each row followed by what rounding left over, H REST
 //
-// Grid: a block to each row of x. Block 160 threads, shared memory H floats and H STORAGE. -D: those of call.cuh.
+// Grid: a block to each row of x. Block 160 threads, shared memory H floats and H STORAGE. -D: those of call.cuh, REST (__half or
+// E4M3).
 // Bound by latency; the next kernel's weights are on their way meanwhile.
 #include "normalise_row.cuh"
 
@@ -19,5 +20,5 @@ normalise_rows(const __grid_constant__ Call call)
     begin_row(call, smem);
     wait_for_previous_kernel();
     fetch_row(call, m, smem);
-    normalise_row(call, m, smem);
+    normalise_row<REST>(call, m, smem);
 }

@@ -1,4 +1,5 @@
-// What every project_qkv does with rows of x, with cached keys and with heads that are multiplied. Before it: VEC.
+// What project_qkv does with rows of x, and it and project_qkv_wgmma with cached keys and with heads that are multiplied. Before
+// it: VEC.
 #pragma once
 #include "call.cuh"
 #include "reduce.cuh"
@@ -30,26 +31,17 @@ __device__ __forceinline__ void keep_packed(uint4& raw) {
     asm volatile("" : "+r"(raw.w));
 }
 
-// Describe and normalise `count` rows of x from row `first` on, in one warp. They are loaded all at once, at most Rows of
-// them; of a lone row that is wider than 32 Held vectors the rest is read twice. of_first: sequence 0, which most calls have no
-// other than. Rest: the type of what rounding to half left over, which stands behind it. Rows of padding may become anything:
-// nothing that comes of them is stored.
-template <int Rows, int Held, typename Rest = __half>
-__device__ __forceinline__ void normalise_rows(const Call& call, const Sequence& of_first, int first, int count) {
+// Describe and normalise row m of x, in one warp, which holds 32 HELD vectors of it; the rest of a wider one is read twice.
+// of_first: sequence 0, which most calls have no other than. A row of padding may become anything: nothing that comes of it is stored.
+__device__ __forceinline__ void normalise_row(const Call& call, const Sequence& of_first, int m) {
+    constexpr int HELD = 4, AT_ONCE = 2;  // AT_ONCE: those whose norm's weight registers hold
     const int lane = threadIdx.x % 32, num_vectors = call.hidden_size / VECTOR;
-    constexpr float REST_SCALE = sizeof(Rest) == sizeof(E4M3) ? E4M3_SCALE : 1.0f;
-    uint4 held[Rows][Held];
+    const long long row_start = static_cast<long long>(m) * call.hidden_size;
+    auto load = [&](int v) { return __ldcg(reinterpret_cast<const uint4*>(call.x + row_start + v * VECTOR)); };
+    uint4 held[HELD];
 #pragma unroll
-    for (int r = 0; r < Rows; ++r)
-#pragma unroll
-        for (int i = 0; i < Held; ++i) {
-            const bool inside = r < count && lane + 32 * i < num_vectors;
-            const STORAGE* from = call.x + static_cast<long long>(first + r) * call.hidden_size + (lane + 32 * i) * VECTOR;
-            held[r][i] = inside ? __ldcg(reinterpret_cast<const uint4*>(from)) : make_uint4(0, 0, 0, 0);
-        }
-    // The norm's weight for as many vectors as registers hold, ahead of stores that might be to it for all the compiler knows.
-    constexpr int AT_ONCE = Held < 8 ? 2 : 4;
-    static_assert(Held % AT_ONCE == 0, "whole turns");
+    for (int i = 0; i < HELD; ++i) held[i] = lane + 32 * i < num_vectors ? load(lane + 32 * i) : make_uint4(0, 0, 0, 0);
+    // Ahead of stores that might be to it for all the compiler knows.
     float scale[AT_ONCE][VECTOR];
     auto load_scale = [&](int v, float (&one)[VECTOR]) {
         const float4* from = reinterpret_cast<const float4*>(call.input_norm + v * VECTOR);
@@ -58,80 +50,65 @@ __device__ __forceinline__ void normalise_rows(const Call& call, const Sequence&
     };
 #pragma unroll
     for (int j = 0; j < AT_ONCE; ++j) load_scale(min(lane + 32 * j, num_vectors - 1), scale[j]);
-    [[maybe_unused]] int2 own_row = make_int2(PADDING, 0);  // lane r's is that of row r
-    if (lane < count) {
-        const int b = (first + lane) / call.seq;
-        own_row = describe_row(call, first + lane, b == 0 ? of_first : sequence(call, b));
+    [[maybe_unused]] int2 own_row = make_int2(PADDING, 0);
+    if (lane == 0) {
+        const int b = m / call.seq;
+        own_row = describe_row(call, m, b == 0 ? of_first : sequence(call, b));
     }
-    const bool may_be_wider = Rows == 1;
-#pragma unroll 1
-    for (int r = 0; r < count; ++r) {
 #ifdef COLLECT
-        const bool valid = __shfl_sync(0xffffffffu, own_row.x, r) >= 0;
+    const bool valid = __shfl_sync(0xffffffffu, own_row.x, 0) >= 0;
 #endif
-        const long long row_start = static_cast<long long>(first + r) * call.hidden_size;
-        float sum_squares = 0.0f;
-        auto add_squares = [&](const STORAGE* from) {
-            float values[VECTOR];
-            load8(from, values);
+    float sum_squares = 0.0f;
+    auto add_squares = [&](const uint4& raw) {
+        float values[VECTOR];
+        load8(reinterpret_cast<const STORAGE*>(&raw), values);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) sum_squares += values[j] * values[j];
-        };
+        for (int j = 0; j < VECTOR; ++j) sum_squares += values[j] * values[j];
+    };
 #pragma unroll
-        for (int i = 0; i < Held; ++i) {
-            add_squares(reinterpret_cast<const STORAGE*>(&held[0][i]));
-            keep_packed(held[0][i]);
-        }
+    for (int i = 0; i < HELD; ++i) {
+        add_squares(held[i]);
+        keep_packed(held[i]);
+    }
 #pragma unroll 1
-        for (int v = lane + 32 * Held; may_be_wider && v < num_vectors; v += 32) {
-            const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(call.x + row_start + v * VECTOR));
-            add_squares(reinterpret_cast<const STORAGE*>(&raw));
-        }
-        const float rstd = 1.0f / sqrtf(warp_sum(sum_squares) / call.hidden_size + call.eps);
-        auto normalise = [&](int v, const STORAGE* from, const float (&scale)[VECTOR]) {
-            float values[VECTOR];
-            load8(from, values);
+    for (int v = lane + 32 * HELD; v < num_vectors; v += 32) add_squares(load(v));
+    const float rstd = 1.0f / sqrtf(warp_sum(sum_squares) / call.hidden_size + call.eps);
+    auto normalise = [&](int v, const uint4& raw, const float (&scale)[VECTOR]) {
+        float values[VECTOR];
+        load8(reinterpret_cast<const STORAGE*>(&raw), values);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) values[j] = values[j] * rstd * scale[j];
+        for (int j = 0; j < VECTOR; ++j) values[j] = values[j] * rstd * scale[j];
 #ifdef COLLECT
-            if (valid) {
-                float natural[VECTOR];
+        if (valid) {
+            float natural[VECTOR];
 #pragma unroll
-                for (int j = 0; j < VECTOR; ++j) natural[j] = values[j] * call.hidden_unscale;
-                store8(call.stage_input_norm + row_start + v * VECTOR, natural);
-            }
+            for (int j = 0; j < VECTOR; ++j) natural[j] = values[j] * call.hidden_unscale;
+            store8(call.stage_input_norm + row_start + v * VECTOR, natural);
+        }
 #endif
-            constexpr int BYTES = sizeof(__half) + sizeof(Rest);
-            __half* target = reinterpret_cast<__half*>(reinterpret_cast<char*>(call.hidden) + BYTES * row_start);
-            store8(target + v * VECTOR, values);
+        __half* const target = call.hidden + HIDDEN_PARTS * row_start + v * VECTOR;
+        store8(target, values);
 #pragma unroll
-            for (int j = 0; j < VECTOR; ++j) values[j] = (values[j] - __half2float(__float2half_rn(values[j]))) * REST_SCALE;
-            store8(reinterpret_cast<Rest*>(target + call.hidden_size) + v * VECTOR, values);
-        };
-        // A loop, as instructions that run once or twice come late; the weight of later vectors is loaded as registers are free.
+        for (int j = 0; j < VECTOR; ++j) values[j] -= __half2float(__float2half_rn(values[j]));
+        store8(target + call.hidden_size, values);
+    };
+    // A loop, as instructions that run once or twice come late; the weight of later vectors is loaded as registers are free.
 #pragma unroll 1
-        for (int some = 0; some < Held; some += AT_ONCE) {
+    for (int some = 0; some < HELD; some += AT_ONCE) {
 #pragma unroll
-            for (int j = 0; j < AT_ONCE; ++j) {
-                const int v = lane + 32 * (some + j);
-                if (v < num_vectors) normalise(v, reinterpret_cast<const STORAGE*>(&held[0][j]), scale[j]);
-                // After the last those of the first, for the next row.
-                load_scale(min(some + AT_ONCE < Held ? v + 32 * AT_ONCE : lane + 32 * j, num_vectors - 1), scale[j]);
-            }
-#pragma unroll
-            for (int j = AT_ONCE; j < Held; ++j) held[0][j - AT_ONCE] = held[0][j];
-        }
-#pragma unroll 1
-        for (int v = lane + 32 * Held; may_be_wider && v < num_vectors; v += 32) {
-            const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(call.x + row_start + v * VECTOR));
-            float rest_scale[VECTOR];
-            load_scale(v, rest_scale);
-            normalise(v, reinterpret_cast<const STORAGE*>(&raw), rest_scale);
+        for (int j = 0; j < AT_ONCE; ++j) {
+            const int v = lane + 32 * (some + j);
+            if (v < num_vectors) normalise(v, held[j], scale[j]);
+            load_scale(min(v + 32 * AT_ONCE, num_vectors - 1), scale[j]);
         }
 #pragma unroll
-        for (int next = 1; next < Rows; ++next)
-#pragma unroll
-            for (int i = 0; i < Held; ++i) held[next - 1][i] = held[next][i];
+        for (int j = AT_ONCE; j < HELD; ++j) held[j - AT_ONCE] = held[j];
+    }
+#pragma unroll 1
+    for (int v = lane + 32 * HELD; v < num_vectors; v += 32) {
+        float rest_scale[VECTOR];
+        load_scale(v, rest_scale);
+        normalise(v, load(v), rest_scale);
     }
 }
 

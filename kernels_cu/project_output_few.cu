@@ -30,7 +30,7 @@ project_output_few(const __grid_constant__ Call call)
         int slot[2];
     };
     few::add_up(
-        place, sums, smem, call.partial, call.counters,
+        place, sums, call.partial, call.counters,
         [&](int g) {
             More more;
 #pragma unroll

@@ -1,8 +1,9 @@
 // Output projection, bias and residual of some tokens on Hopper's own units (gemm_few_wgmma.cuh); counts them in the cache.
 //   y = attention Wo^T + bias + residual          float32 sums, one rounding; 0 in padding rows
 //
-// Grid: a cluster to every BLOCK_N rows of Wo. Block 128 TOKEN_TILES + 64 threads, shared memory (4 x 64 TOKEN_TILES + some times BLOCK_N) x 64 halves. -D: those of gemm_few_wgmma.cuh. Memory bound: one read of Wo, some of it before the kernel ahead
-// has ended.
+// Grid: a cluster to every BLOCK_N rows of Wo and 64 TOKEN_TILES tokens. Block 128 TOKEN_TILES + 64 threads, shared memory up to 48
+// KB for tokens and tiles of BLOCK_N x 64 halves. -D: those of gemm_few_wgmma.cuh. Memory bound: one read of Wo, some of it before
+// the kernel ahead has ended.
 #include "gemm_few_wgmma.cuh"
 
 struct Maps {
@@ -28,7 +29,7 @@ project_output_few_wgmma(const __grid_constant__ Call call, const __grid_constan
             wait_for_previous_kernel();
             if (elected()) few::copy_tokens(at, rings, smem, &maps.attention, 1, 0);
         }
-        few::stand_by();
+        few::stand_by(at);
         return;
     }
     wait_for_previous_kernel();
@@ -39,7 +40,7 @@ project_output_few_wgmma(const __grid_constant__ Call call, const __grid_constan
         int slot;
     };
     few::product(
-        at, rings, smem, 1, num_tokens,
+        at, rings, smem, 1,
         [&](int n, int m) {
             const int row = min(m, num_tokens - 1);
             n = min(n, size - 2);

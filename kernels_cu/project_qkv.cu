@@ -43,7 +43,7 @@ project_qkv(const __grid_constant__ Call call)
         __syncthreads();
         if (item < norm_items) {
             const int m = item * NORM_ROWS + warp;
-            normalise_rows<1, 4>(call, of_first, m, m < num_rows);
+            if (m < num_rows) normalise_row(call, of_first, m);
             __threadfence();
             __syncthreads();
             if (threadIdx.x == 0) atomicAdd(&call.counters[READY + item * NORM_ROWS / BLOCK_M], 1);

@@ -1,7 +1,7 @@
 // RMSNorm and QKV projection for more tokens than decode_project.cu takes, but not many.
 //   qkv = (x / rms(x) * w_in) Wqkv^T + bias          float32 [B S, (Hq + 2 Hkv) D]; the norms of heads follow on reading
 //
-// Grid (a block to normalise each row of x, rounded up to whole clusters; then tiles of 64 rows of Wqkv and 8 GROUPS
+// Grid (a block to normalise each row of x; then tiles of 64 rows of Wqkv and 8 GROUPS
 // tokens, each several blocks), block 128 threads. The latter wait for the former, which come first: blocks begin in the
 // order of their index. k, and on the precise path all, is multiplied by hidden states in high and low halves. Shared
 // memory: STAGES x 2 x 8 GROUPS x 64 halves, and not less than H floats and H STORAGE. -D: those of gemm_few.cuh. Memory
@@ -18,10 +18,8 @@ project_qkv_few(const __grid_constant__ Call call)
     extern __shared__ __align__(128) char smem[];
     const int size = call.hidden_size, num_tokens = call.batch * call.seq;
     const int total_rows = (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
-    const int cluster = few::IN_CLUSTERS ? blocks_of_cluster() : 1;
-    const int first_block = (num_tokens + cluster - 1) / cluster * cluster, num_blocks = gridDim.x - first_block;
-    if (blockIdx.x < first_block) {
-        if (blockIdx.x >= num_tokens) return;
+    const int num_blocks = gridDim.x - num_tokens;
+    if (blockIdx.x < num_tokens) {
         begin_row(call, smem);
         wait_for_previous_kernel();
         let_next_kernel_begin();
@@ -32,7 +30,7 @@ project_qkv_few(const __grid_constant__ Call call)
         if (threadIdx.x == 0) count_in_order(&call.counters[READY]);
         return;
     }
-    const few::Place place = few::place_of_block(blockIdx.x - first_block, num_blocks, total_rows, num_tokens);
+    const few::Place place = few::place_of_block(blockIdx.x - num_tokens, num_blocks, total_rows, num_tokens);
     few::Weights w(place, call.qkv_proj, total_rows, size);
     wait_for_previous_kernel();
     // Not before: attend_decode reads lengths and cached keys at once, so all calls before this one must have ended.
@@ -53,7 +51,7 @@ project_qkv_few(const __grid_constant__ Call call)
     w.multiply(call.hidden + place.first_token * stride, stride, num_tokens - place.first_token,
                PARTS == 2 || has_keys ? HIDDEN_PARTS : 1, size, reinterpret_cast<__half*>(smem), sums);
     few::add_up(
-        place, sums, smem, call.partial, call.counters + SPLIT,
+        place, sums, call.partial, call.counters + SPLIT,
         [&](int) {
             const int n = few::row_of(place, 0);
             float2 bias = make_float2(0.0f, 0.0f);

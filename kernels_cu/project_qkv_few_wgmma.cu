@@ -1,8 +1,9 @@
 // QKV projection of some tokens on Hopper's own units (gemm_few_wgmma.cuh), after normalise_rows.cu.
 //   qkv = hidden Wqkv^T + bias          float32 [B S, (Hq + 2 Hkv) D]; the norms of heads follow on reading
 //
-// Grid: a cluster to every BLOCK_N rows of Wqkv. Block 128 TOKEN_TILES + 64 threads, shared memory (4 x 64 TOKEN_TILES + some times BLOCK_N) x 64 halves. k is multiplied by hidden states in high and low halves. -D: those of gemm_few_wgmma.cuh. Memory
-// bound: one read of Wqkv, some of it before the kernels ahead have ended.
+// Grid: a cluster to every BLOCK_N rows of Wqkv and 64 TOKEN_TILES tokens. Block 128 TOKEN_TILES + 64 threads, shared memory up to
+// 48 KB for tokens, and tiles of BLOCK_N x 64 halves. k, and on the precise path all, is multiplied by hidden states in high and low
+// halves. -D: those of gemm_few_wgmma.cuh. Memory bound: one read of Wqkv, some of it before the kernels ahead have ended.
 #include "gemm_few_wgmma.cuh"
 
 struct Maps {
@@ -19,7 +20,7 @@ project_qkv_few_wgmma(const __grid_constant__ Call call, const __grid_constant__
     const int first_key = call.num_q_heads * HEAD_DIM, end_keys = first_key + call.num_kv_heads * HEAD_DIM;
     const int total_rows = end_keys + call.num_kv_heads * HEAD_DIM;
     const few::Place at(size, num_tokens);
-    const int parts = at.first_n + BLOCK_N > first_key && at.first_n < end_keys ? 2 : 1;
+    const int parts = PARTS == 2 || (at.first_n + BLOCK_N > first_key && at.first_n < end_keys) ? 2 : 1;
     const int producer = uniform(threadIdx.x / 32) - few::CONSUMERS / 32;  // 0 copies W, 1 tokens
 
     rings.init(at);
@@ -32,11 +33,11 @@ project_qkv_few_wgmma(const __grid_constant__ Call call, const __grid_constant__
             let_next_kernel_begin();
             if (elected()) few::copy_tokens(at, rings, smem, &maps.hidden, parts, size);
         }
-        few::stand_by();
+        few::stand_by(at);
         return;
     }
     few::product(
-        at, rings, smem, parts, num_tokens,
+        at, rings, smem, parts,
         [&](int n, int) {
             float2 bias = make_float2(0.0f, 0.0f);
             if (call.qkv_bias != nullptr && n < total_rows) bias = *reinterpret_cast<const float2*>(call.qkv_bias + n);

@@ -1,9 +1,8 @@
-// project_qkv.cu on Hopper's own units (gemm_wgmma.cuh): the same results, but for the order of sums.
+// project_qkv.cu on Hopper's own units (gemm_wgmma.cuh), after normalise_rows.cu: the same results, but for the order of sums.
 //
-// Grid: any number of clusters. Warps take rows to normalise, then cached keys, from a counter until none is left; then each
-// cluster has every so-many-th tile of the product, and waits for their rows. What a tile waits for was taken by a warp
-// that is running, so the launch ends however few blocks fit the GPU. Tiles of keys come first: they take half as long again,
-// for products of what rounding x left over, in 8 bits (PARTS 1); with PARTS 2 every tile has both parts of x in 16.
+// Grid: any number of clusters. Warps prepare cached keys, every so-many-th piece of them; then each cluster has every so-many-th
+// tile of the product. Tiles of keys come first: they take half as long again, for products of what rounding x left over, in 8
+// bits (PARTS 1); with PARTS 2 every tile has both parts of x in 16.
 // Block 384 threads, shared memory GEMM_STAGES x (128 + BLOCK_N) x 64 halves.
 // -D: those of call.cuh, HEAD_DIM 128, BLOCK_N (128 or 256), GEMM_STAGES, CLUSTER, FLOAT32_ANGLES.
 // Tensor-core bound; one read of x and Wqkv from memory, tiles re-read from L2.
@@ -22,25 +21,8 @@ struct Maps {
 #endif
 };
 
-#if PARTS == 1
-using Rest = E4M3;  // of x
-#else
-using Rest = __half;
-#endif
-
 constexpr int PAST_ROWS_A_WARP = 8;
 constexpr int NO_WRAP = 1 << 30;  // of columns of W
-
-// Normalise rows, at most Rows of at most 32 Held vectors, and count them as ready.
-template <int Rows, int Held>
-__device__ __forceinline__ void prepare_rows(const Call& call, const Sequence& of_first, int first, int count) {
-    normalise_rows<Rows, Held, Rest>(call, of_first, first, count);
-    global_to_async();
-    __syncwarp();
-    const int tile = first / gemm::BLOCK_M, in_tile = min(count, (tile + 1) * gemm::BLOCK_M - first);
-    if (threadIdx.x % 32 == 0) add_release(&call.counters[READY + tile], in_tile);
-    if (threadIdx.x % 32 == 0 && in_tile < count) add_release(&call.counters[READY + tile + 1], count - in_tile);
-}
 
 // One head, and half 0 or 1 of a thread's sums of it.
 template <int Head, int Half>
@@ -142,32 +124,14 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
     if (threadIdx.x == 0) prefetch(&maps.hidden);
     wait_for_previous_kernel();
 
-    // A warp takes as many rows as there are to one, to wait for them together, or equal parts of them. A block's first work is
-    // taken at once, a warp's next before it does what it has.
-    constexpr int MOST_ROWS = 4, NARROW = 4, WIDE = 16;  // rows, vectors of 32 lanes
-    const bool narrow = call.hidden_size <= 32 * VECTOR * NARROW;
-    const int num_warps = static_cast<int>(gridDim.x) * (gemm::THREADS / 32);
-    const int rounds = (num_rows - 1) / (MOST_ROWS * num_warps) + 1;
-    const int rows_a_warp = narrow ? (num_rows - 1) / (rounds * num_warps) + 1 : 1;
-    const int row_items = (num_rows + rows_a_warp - 1) / rows_a_warp;
-    const int items = row_items + past_items, share = min(gemm::THREADS / 32, (items - 1) / static_cast<int>(gridDim.x) + 1);
-    __shared__ int first_taken;
-    if (threadIdx.x == 0) first_taken = atomicAdd(&call.counters[NEXT], share);
-    if (is_ragged && producer_warp == 1) row_tiles.find(call, all_m_tiles);
-    __shared__ Sequence of_first;  // registers are short
-    if (threadIdx.x == 32) of_first = sequence(call, 0);
-    __syncthreads();
-    if (is_ragged) m_tiles = row_tiles.count;
-    int next = static_cast<int>(threadIdx.x) / 32 < share ? first_taken + static_cast<int>(threadIdx.x) / 32 : items;
-    while (true) {
-        const int item = __shfl_sync(0xffffffffu, next, 0);
-        if (item >= items) break;
-        if (lane == 0) next = atomicAdd(&call.counters[NEXT], 1);
-        const int first = item * rows_a_warp;
-        if (item >= row_items) prepare_past(call, item - row_items, PAST_ROWS_A_WARP, 0, 1);
-        else if (narrow) prepare_rows<MOST_ROWS, NARROW>(call, of_first, first, min(rows_a_warp, num_rows - first));
-        else prepare_rows<1, WIDE>(call, of_first, first, 1);
+    if (is_ragged) {
+        if (producer_warp == 1) row_tiles.find(call, all_m_tiles);
+        __syncthreads();
+        m_tiles = row_tiles.count;
     }
+    const int num_warps = static_cast<int>(gridDim.x) * (gemm::THREADS / 32);
+    for (int item = producer_warp * gridDim.x + blockIdx.x; item < past_items; item += num_warps)
+        prepare_past(call, item, PAST_ROWS_A_WARP, 0, 1);
 
     if (producer_warp < WARPGROUP / 32) {
         give_registers<gemm::PRODUCER_REGISTERS>();
@@ -181,10 +145,7 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
             }
         } else if (producer_warp == 1 && elected()) {
             for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round) {
-                const int m_tile = tile_place(tile).m, first_m = m_tile * gemm::BLOCK_M;
-                const int wanted = min(gemm::BLOCK_M, num_rows - first_m);
-                while (wanted > 0 && load_acquire(call.counters + READY + m_tile) < wanted) __nanosleep(50);
-                global_to_async();
+                const int first_m = tile_place(tile).m * gemm::BLOCK_M;
                 producer.copy_rows(&maps.hidden, first_m, call.hidden_size, rest_steps_of(tile));
                 producer.copy_rows(&maps.hidden, first_m, 0, steps);
             }
@@ -207,6 +168,4 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
         }
     }
     gemm::end();
-
-    if (threadIdx.x == 0) leave_counters(call, all_m_tiles * CLUSTER);
 }

@@ -51,21 +51,8 @@ __device__ __forceinline__ void named_wait(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
-// Let tensor copies and products see what this thread stored to shared memory, or to global, once a barrier has followed;
-// and let copies that this thread starts see what it has waited for.
+// Let tensor copies and products see what this thread stored to shared memory, once a barrier has followed.
 __device__ __forceinline__ void shared_to_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
-__device__ __forceinline__ void global_to_async() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
-
-// Add to a counter once everything before is visible to the GPU; read one, and whatever was before its additions.
-__device__ __forceinline__ void add_release(int* counter, int value) {
-    asm volatile("red.release.gpu.global.add.s32 [%0], %1;" ::"l"(counter), "r"(value) : "memory");
-}
-
-__device__ __forceinline__ int load_acquire(const int* counter) {
-    int value;
-    asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
-    return value;
-}
 
 __device__ __forceinline__ void prefetch(const TensorMap* map) { asm volatile("prefetch.tensormap [%0];" ::"l"(map)); }
 

@@ -41,8 +41,6 @@ INSTRUCTIONS = (
     ("mad.hi.u32", "ptx_mad", ""),
     ("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;", "ptx_to_e4m3", ""),
     ("atom.add.", "ptx_atom", ""),
-    ("red.release.gpu.global.add.s32 [%0], %1;", "ptx_red", ""),
-    ("ld.acquire.gpu.global.s32 %0, [%1];", "ptx_load_acquire", ""),
     ("cp.async.cg.", "ptx_cp_async", "16"),
     ("createpolicy.", "ptx_policy", ""),
     ("cp.async.ca.shared.global [%0], [%1], 4, %2;", "ptx_cp_async", "4"),

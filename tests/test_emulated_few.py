@@ -6,7 +6,7 @@ import emulated_gpu
 import numpy as np
 import pytest
 from conftest import make_hidden
-from test_emulated import TAME, call, config_of, filled_cache, held, make_layer, many_lengths
+from test_emulated import TAME, WILD, call, config_of, filled_cache, held, make_layer, many_lengths
 
 from cupy_attn import reference, wgmma, workspace
 
@@ -21,14 +21,15 @@ def launches_of(layer):
     return launches
 
 
-# Dtype; Hq, Hkv, D, H; tokens, multiprocessors; blocks of the clusters of either projection. Tests below take some of
-# the same kernels, which take longer to build than to run.
+# Dtype; Hq, Hkv, D, H; tokens, multiprocessors; blocks of the clusters of either projection, on the normal path. Tests
+# below take some of the same kernels, which take longer to build than to run.
 SHAPES = [
     ("float16", (4, 2, 128, 256), 10, 5, (1, 4)),
     ("bfloat16", (4, 2, 128, 512), 18, 40, (4, 4)),
     ("float16", (3, 1, 80, 320), 33, 14, (2, 4)),  # k of 5 and of 4 chunks
     ("bfloat16", (2, 2, 64, 128), 70, 9, (2, 2)),
     ("bfloat16", (2, 2, 64, 128), 128, 9, (2, 2)),
+    ("bfloat16", (2, 2, 64, 128), 150, 9, (2, 2)),
 ]
 
 
@@ -40,6 +41,34 @@ def test_decode_of_many_sequences(monkeypatch, case):
     call(layer, filled_cache(layer, many_lengths(tokens), 140), 1, [1, 0, *[1] * (tokens - 2)])
     _, first, _, last = launches_of(layer)
     assert (first.splits, last.splits) == splits
+
+
+@pytest.mark.parametrize("case", [1, 3])
+def test_the_precise_path(monkeypatch, case):
+    dtype, shape, tokens, num_sms, _ = SHAPES[case]
+    emulated_gpu.pretend(monkeypatch, num_sms)
+    layer = make_layer(config_of(*shape), dtype, WILD)
+    call(layer, filled_cache(layer, many_lengths(tokens), 140), 1)
+    assert dict(launches_of(layer)[1].macros)["PARTS"] == "2"
+
+
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD])
+def test_bits_do_not_depend_on_the_batch_if_that_is_asked_for(monkeypatch, k_norm_max):
+    emulated_gpu.pretend(monkeypatch, num_sms=14)
+    layer = make_layer(config_of(4, 2, 128, 320), "float16", k_norm_max, batch_invariant=True)
+    lengths = many_lengths(140)
+    x = make_hidden(layer.config, len(lengths), 1, dtype="float16")
+
+    def outputs(rows):
+        full, cache = filled_cache(layer, lengths, 140), layer.new_cache(len(rows), 140)
+        cache.k_heads[:], cache.v_heads[:] = full.k_heads[rows], full.v_heads[rows]
+        cache.assume([lengths[row] for row in rows])
+        return np.array(layer(x[rows], cache))
+
+    whole = outputs(list(range(len(lengths))))
+    for rows in ([5], [130, 70, 3]):
+        assert whole[rows].tobytes() == outputs(rows).tobytes()
+    assert all([one.name for one in launches] == NAMES for launches in layer._backend._launches.values())
 
 
 def test_appends(monkeypatch):

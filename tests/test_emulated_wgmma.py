@@ -10,6 +10,8 @@ from test_emulated import HALVES, TAME, WILD, WINDOW, call, config_of, filled_ca
 
 from cupy_attn import cuda, reference, workspace
 
+QKV = ["normalise_rows", "project_qkv_wgmma"]
+
 pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
 
 
@@ -46,10 +48,11 @@ def launched(cluster, num_sms, monkeypatch):
 )
 @pytest.mark.parametrize("k_norm_max", [TAME, WILD], ids=["normal", "precise"])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_a_prompt(launched, dtype, k_norm_max, seq):
+def test_a_prompt(launched, dtype, k_norm_max, seq, cluster):
     layer = make_layer(config_of(4, 2, 128, 128), dtype, k_norm_max)
     call(layer, filled_cache(layer, [0], seq + 3), seq)
-    assert launched == ["project_qkv_wgmma", "attend_prefill" if seq < 128 else "attend_wgmma", "project_output_wgmma"]
+    last = "project_output_few_wgmma" if seq <= 128 and cluster == 1 else "project_output_wgmma"
+    assert launched == [*QKV, "attend_prefill" if seq < 128 else "attend_wgmma", last]
 
 
 @pytest.mark.parametrize(("k_norm_max", "hidden_size"), [(TAME, 128), (TAME, 192), (WILD, 128)])
@@ -79,7 +82,7 @@ def test_a_window(launched, k_norm_max, window):
     layer = make_layer(config_of(2, 1, 128, 128, **changes), "float16", k_norm_max)
     positions = np.cumsum(np.random.default_rng(2).integers(1, 4, (2, 260)), 1)
     call(layer, filled_cache(layer, [260, 3], 600, positions), 290, [290, 131])
-    assert launched[1] == "attend_wgmma"
+    assert launched[2] == "attend_wgmma"
 
 
 @pytest.mark.parametrize("cluster", [1, 2])
@@ -88,7 +91,15 @@ def test_a_window(launched, k_norm_max, window):
 def test_unequal_prompts_after_unequal_pasts(launched, dtype, k_norm_max):
     layer = make_layer(config_of(3, 1, 128, 192, attention_bias=True), dtype, k_norm_max)
     call(layer, filled_cache(layer, [130, 0, 65, 7], 290), 150, [150, 1, 64, 0])
-    assert launched[1] == "attend_wgmma"
+    assert launched[2] == "attend_wgmma"
+
+
+@pytest.mark.parametrize("num_sms", [20])
+def test_unequal_short_prompts(launched):
+    """Fewer rows than fill tiles of project_output_wgmma, and padding among them."""
+    layer = make_layer(config_of(3, 1, 128, 192), "bfloat16", TAME)
+    call(layer, filled_cache(layer, [130, 0, 65], 200), 65, [65, 1, 0])
+    assert launched == [*QKV, "attend_prefill", "project_output_few_wgmma"]
 
 
 def check_workspace():
@@ -113,13 +124,16 @@ def test_blocks_that_attend_to_many_tiles(launched, monkeypatch, window, k_norm_
     assert launched.count("attend_wgmma") == 3
 
 
-def test_replays(launched, monkeypatch):
+@pytest.mark.parametrize(
+    ("num_sms", "seq", "last"), [(5, 150, "project_output_wgmma"), (20, 130, "project_output_few_wgmma")]
+)
+def test_replays(launched, monkeypatch, seq, last):
     """Of a graph, the last of which has no room left and so no tiles."""
     layer = make_layer(config_of(2, 1, 128, 64), "float16", TAME)
-    cache, twin = (filled_cache(layer, [70, 3], 70 + 2 * 150) for _ in range(2))
-    x = layer._backend.xp.asarray(make_hidden(layer.config, 2, 150, dtype="float16"))
+    cache, twin = (filled_cache(layer, [70, 3], 70 + 2 * seq) for _ in range(2))
+    x = layer._backend.xp.asarray(make_hidden(layer.config, 2, seq, dtype="float16"))
     y, replay = emulated_gpu.capture(monkeypatch, lambda: layer(x, cache))
-    assert launched == ["project_qkv_wgmma", "attend_wgmma", "project_output_wgmma"]
+    assert launched == [*QKV, "attend_wgmma", last]
     for turn in range(3):
         replay()
         check_workspace()
@@ -143,4 +157,4 @@ def test_tiles_of_padding_alone(launched, cluster):
     layer = make_layer(config_of(4, 2, 128, 128), "float16", TAME)
     for counts in ([0, 600, 3, 0], [600, 0, 0, 257], [0, 0, 0, 0], None):
         call(layer, filled_cache(layer, [0, 9, 70, 0], 680), 600, counts)
-        assert launched[-3:] == ["project_qkv_wgmma", "attend_wgmma", "project_output_wgmma"]
+        assert launched[-4:] == [*QKV, "attend_wgmma", "project_output_wgmma"]

@@ -24,7 +24,10 @@ from gpu_helpers import (
 )
 
 import cupy_attn as ca
+from cupy_attn import cuda, launch, wgmma
 from cupy_attn.arrays import to_numpy
+from cupy_attn.bench import MODELS, model_config
+from cupy_attn.launcher import Launcher
 from cupy_attn.workspace import workspace_of
 
 pytestmark = pytest.mark.gpu
@@ -289,6 +292,21 @@ def test_the_angles_that_transformers_computes_can_be_asked_for(dtype):
     cache = layer.new_cache(1, 60)
     check(layer(x[:, :50], cache, positions=positions[:50]), expected[:, :50], dtype)
     check(np.concatenate([layer(x[:, i : i + 1], cache) for i in range(50, 60)], 1), expected[:, 50:], dtype)
+
+
+def test_the_gpu_holds_all_clusters_of_a_few_tokens_projections():
+    """Or the last of them begin when others end; wgmma.py counts on what an H200 and an H100 hold."""
+    gpu, seen = cuda.limits(0), 0
+    if not gpu.wgmma:
+        pytest.skip("not a Hopper GPU")
+    for model in MODELS:
+        config = model_config(model)
+        shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
+        for one in wgmma.decode(config, shape, gpu, 64, 1):
+            if one.splits > 1:
+                assert Launcher(one)._most_clusters() >= one.grid // one.splits, one
+                seen += 1
+    assert seen
 
 
 # Streams.

@@ -56,7 +56,7 @@ def builds(request):
         (name, macros, arch)
         for name, macros in warmup.published()
         for arch in kernels.ARCHITECTURES
-        if kernels.compiles_for(name, macros, arch)
+        if kernels.compiles_for(name, arch)
     ],
     ids=lambda v: v if isinstance(v, str) else re.sub(r"[^\w=.]+", "-", settings(v)),
 )

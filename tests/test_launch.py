@@ -85,7 +85,7 @@ def test_launches_that_fit_the_gpu(name, gpu):
             calls.append(wgmma.decode(config, shape, limits, batch, seq))
         for launches in calls:
             names = [one.name for one in launches]
-            assert len(names) == (4 if "project_qkv_few_wgmma" in names else 3)
+            assert len(names) == (4 if names[0] == "normalise_rows" else 3)
             for one in launches:
                 static = launch.GEMV_STATIC_SMEM if one.name in ("decode_project", "decode_output") else 0
                 assert one.smem_bytes + static <= limits.block_smem, one
@@ -100,18 +100,25 @@ def test_launches_that_fit_the_gpu(name, gpu):
 def test_who_takes_hoppers_own_kernels(monkeypatch):
     config, old = make_config(head_dim=128, hidden_size=320), dataclasses.replace(cuda.H200, wgmma=False)
 
-    def names(limits=cuda.H200, seq=300, windowed=False, collect=False, head_dim=128, hidden_size=320) -> list[str]:
-        shape = launch.Shape("float16", head_dim, precise=False, windowed=windowed, float32_angles=False)
+    def names(
+        limits=cuda.H200, seq=300, windowed=False, collect=False, head_dim=128, hidden_size=320, batch_invariant=False
+    ) -> list[str]:
+        shape = launch.Shape("float16", head_dim, precise=False, windowed=windowed, float32_angles=False,
+                             batch_invariant=batch_invariant)  # fmt: skip
         other = dataclasses.replace(config, head_dim=head_dim, hidden_size=hidden_size)
         return [one.name for one in wgmma.prefill(other, shape, limits, 1, seq, past_tiles=0, collect=collect)]
 
     portable = ["project_qkv", "attend_prefill", "project_output"]
-    hopper = ["project_qkv_wgmma", "attend_wgmma", "project_output_wgmma"]
-    mixed = [hopper[0], portable[1], hopper[2]]
-    assert names() == hopper
-    assert names(seq=100) == mixed
-    assert names(windowed=True) == hopper
-    assert names(hidden_size=264) == [portable[0], hopper[1], portable[2]]
+    hopper = ["normalise_rows", "project_qkv_wgmma", "attend_wgmma", "project_output_wgmma"]
+    few = "project_output_few_wgmma"
+    assert names(seq=400) == hopper
+    assert names() == [*hopper[:3], few]  # 2 tiles of rows and 5 of columns would leave most of the GPU idle
+    assert names(seq=100) == [*hopper[:2], portable[1], few]
+    assert names(limits=dataclasses.replace(cuda.H200, num_sms=38)) == hopper
+    assert names(batch_invariant=True) == hopper
+    assert names(seq=400, windowed=True) == hopper
+    assert names(hidden_size=264) == [portable[0], hopper[2], portable[2]]
+    assert names(hidden_size=40_000) == [portable[0], hopper[2], portable[2]]  # rows are normalised in shared memory
     for given in ({"limits": old}, {"seq": 8}, {"collect": True}, {"head_dim": 64}):
         assert names(**given) == portable
     for value, wanted in (("1", False), ("0", True), ("", True)):
@@ -210,9 +217,9 @@ def test_who_takes_hoppers_own_kernels_for_a_few_tokens():
         return wgmma.projects_few(config, shape, limits, tokens)
 
     config = model_config("0.6B")
-    assert [takes(tokens) for tokens in (1, 8, 9, 128, 129)] == [False, False, True, True, False]
-    assert not takes(9, precise=True)
-    assert not takes(9, batch_invariant=True)
+    assert [takes(tokens) for tokens in (1, 8, 9, 256, 257)] == [False, False, True, True, False]
+    assert takes(9, precise=True)
+    assert all(takes(tokens, batch_invariant=True) for tokens in (1, 257))
     assert not takes(9, limits=dataclasses.replace(cuda.H200, wgmma=False))
     config = model_config("8B")  # so many weights that a kernel more does not matter
     assert takes(1)
@@ -220,13 +227,23 @@ def test_who_takes_hoppers_own_kernels_for_a_few_tokens():
     assert not takes(9)
 
 
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_k_is_cut_the_same_way_in_any_batch_if_that_is_asked_for(name, precise):
+    config = CONFIGS[name]
+    shape = launch.Shape("float16", config.head_dim, precise, windowed=False, float32_angles=False,
+                         batch_invariant=True)  # fmt: skip
+    calls = [wgmma.decode(config, shape, cuda.H200, tokens, 1) for tokens in (1, 9, 64, 65, 128, 200, 500)]
+    assert len({tuple(one.splits for one in launches) for launches in calls}) == 1
+
+
 def test_a_row_too_long_for_shared_memory_takes_the_products_of_prefill():
     config = make_config(head_dim=64, hidden_size=40_000)
     shape = launch.Shape("float16", 64, precise=False, windowed=False, float32_angles=False)
     names = [one.name for one in launch.decode(config, shape, cuda.H200, 12, 1)]
     assert names == ["project_qkv", "attend_decode", "project_output"]
-    assert launch.multiplies_few(make_config(), cuda.H200)
-    assert not launch.multiplies_few(config, cuda.H200)
+    assert launch.holds_a_row(make_config(), cuda.H200)
+    assert not launch.holds_a_row(config, cuda.H200)
 
 
 def test_turns_of_keys_rotate_and_scale_them():

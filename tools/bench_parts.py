@@ -38,6 +38,7 @@ DTYPES = ("float16", "bfloat16")
 REPEATS = 15
 MOST_LAUNCHES = 20  # in a graph
 GRAPH_US = 5000.0  # longer kernels are launched fewer times
+KERNELS_OF_PREFILL, ATTENTION_KERNEL = (-3, -2, -1), -2  # counted from the last
 PRECISE_THRESHOLD = 0.1  # below norm weights near one: the precise path takes them
 
 # What is measured: sequences as MODEL:BATCH:TOKENS.
@@ -120,10 +121,13 @@ def alone_us(run: Callable[[], Any], capture: Callable[[Callable[[], Any]], Call
     return median_us(capture(several), REPEATS) / count
 
 
-def kernels_us(case: Case, dtype: str, *, precise: bool = False, which: Sequence[int] = (0, 1, 2)) -> list[Row]:
-    """Time kernels of a prefill, of its three in their order, each by itself; return their names and times.
+def kernels_us(
+    case: Case, dtype: str, *, precise: bool = False, which: Sequence[int] = KERNELS_OF_PREFILL
+) -> list[Row]:
+    """Time kernels of a prefill, counted from its last one on, each by itself; return their names and times.
 
-    The last one counts the new tokens. Launched again it finds no room for more of them, which costs it nothing.
+    That which normalises rows ahead of Hopper's products is left out. The last one counts the new tokens. Launched
+    again it finds no room for more of them, which costs it nothing.
     """
     layer, x = layer_of(case.model, dtype, precise=precise), hidden_states(case, dtype)
     cache, backend, stream = layer.new_cache(case.batch, case.tokens), layer._backend, cupy.cuda.get_current_stream()
@@ -223,7 +227,7 @@ def measure_attention(cases: Sequence[Case]) -> list[Row]:
     """Time the attention kernel beside FlashAttention-3, in bfloat16."""
     rows = []
     for case in cases:
-        (row,) = kernels_us(case, "bfloat16", which=[1])
+        (row,) = kernels_us(case, "bfloat16", which=[ATTENTION_KERNEL])
         row |= {"case": case.text, "tflop_s": rate(attention_flop(case), row["us"])}
         try:
             row["peer_us"] = fa3_us(case)
@@ -243,7 +247,7 @@ def measure_paths(cases: Sequence[Case]) -> list[Row]:
         row: Row = {"case": case.text}
         for path in ("normal", "precise"):
             precise = path == "precise"
-            (kernel,) = kernels_us(case, "float16", precise=precise, which=[1])
+            (kernel,) = kernels_us(case, "float16", precise=precise, which=[ATTENTION_KERNEL])
             row[f"{path}_attention_us"] = kernel["us"]
             layer = layer_of(case.model, "float16", precise=precise)
             row[f"{path}_layer_us"] = layer_us(layer, hidden_states(case, "float16"))

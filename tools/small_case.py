@@ -22,13 +22,13 @@ from cupy_attn.demo import k_norm_weight
 DTYPES = ("float16", "bfloat16")
 SMALL = {"head_dim": 128, "rope_theta": 1e6, "max_position_embeddings": 4096}
 SMALL_WINDOW = 40
-# Heads and multiprocessors for which project_qkv_few and project_output_few take clusters of 2 and 3, 3 and 4, 4 and 6.
-CLUSTERS = (((2, 2), 12), ((2, 2), 18), ((6, 2), 27))
-# Tokens, heads, columns and multiprocessors for which those with wgmma take clusters of 160 and 192 rows of weights,
-# 144 and 64, 224 and 96, 192 and 144, of 2 and 4 blocks; and two tiles of tokens.
+# Tokens, heads, columns and multiprocessors for which project_*_few_wgmma take clusters of 160 and 192 rows of weights,
+# 144 and 64, 224 and 96, 192 and 144, of 2 and 4 blocks; and two tiles of tokens, there and with 128 and 96, 192 and
+# 128, 256 and 160 rows.
 FEW_TILES = (
-    (12, (4, 2), 512, 14), (64, (6, 2), 512, 40), (12, (6, 2), 512, 27), (24, (2, 2), 576, 8), (70, (2, 2), 576, 8),
+    (12, (4, 2), 512, 14), (64, (6, 2), 512, 40), (12, (6, 2), 512, 27), (24, (2, 2), 576, 8), (140, (2, 2), 576, 8),
 )  # fmt: skip
+MORE_FEW_TILES = ((140, (2, 2), 512, 54), (140, (2, 2), 512, 16), (140, (2, 2), 1024, 7))  # on the normal path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,8 +76,8 @@ def small_runs() -> list[Small]:
         *(Small(*kind, batch=12, calls=(70, 1), num_sms=2) for kind in both),  # decode of many
         *(Small(*kind, batch=12, calls=(20, 1), heads=(16, 1)) for kind in both),
         *(Small(*kind, batch=2, calls=(130, 130, 1), num_sms=2) for kind in both),  # from tile to tile, after a past
-        *(Small(dtype, False, batch=12, calls=(70, 1), num_sms=2, portable=True) for dtype in DTYPES),
-        *(Small(dtype, False, calls=(130, 1), num_sms=8) for dtype in DTYPES),
+        *(Small(*kind, batch=12, calls=(70, 1), num_sms=2, portable=True) for kind in both),
+        *(Small(dtype, False, calls=(130, 1), num_sms=num_sms) for dtype in DTYPES for num_sms in (8, 24)),
         *(
             Small(dtype, False, batch=batch, calls=(1, 1), num_sms=num_sms)
             for dtype in DTYPES
@@ -95,15 +95,9 @@ def small_runs() -> list[Small]:
             for portable in (False, True)
         ),
         *(
-            Small(dtype, True, batch=batch, calls=(1,), heads=heads, num_sms=num_sms)
-            for dtype in DTYPES
-            for batch in (12, 64)
-            for heads, num_sms in CLUSTERS
-        ),
-        *(
-            Small(dtype, False, batch=batch, calls=(1,), heads=heads, hidden_size=hidden_size, num_sms=num_sms)
-            for dtype in DTYPES
-            for batch, heads, hidden_size, num_sms in FEW_TILES
+            Small(*kind, batch=batch, calls=(1,), heads=heads, hidden_size=hidden_size, num_sms=num_sms)
+            for kind in both
+            for batch, heads, hidden_size, num_sms in FEW_TILES + (() if kind[1] else MORE_FEW_TILES)
         ),
         *(Small(*kind, calls=(70, 130, 1), window=SMALL_WINDOW) for kind in crossed),
         *(Small(*kind, calls=(70, 20), stages=True) for kind in crossed),

@@ -641,8 +641,6 @@ inline void ptx_to_e4m3(unsigned short& pair, float high, float low) {
     pair = static_cast<unsigned short>(emulator::e4m3(high) << 8 | emulator::e4m3(low));
 }
 inline void ptx_atom(int& before, int* place) { before = atomicAdd(place, 1); }
-inline void ptx_red(int* place, int value) { atomicAdd(place, value); }
-inline void ptx_load_acquire(int& value, const int* place) { value = *place; }
 
 inline void ptx_policy(unsigned long long& policy) { policy = 1; }
 inline void ptx_cp_async(unsigned to, const void* from, int bytes, int valid, unsigned long long = 0) {
