@@ -27,7 +27,18 @@ import cupy
 import numpy as np
 from bench_peers import reason, release
 from separate_ops import Cublas
-from stacks import WARM_UPS, Case, captured, check_gpu, event_us, layer_weights, machine, median_us, noise
+from stacks import (
+    PRECISE_THRESHOLD,
+    WARM_UPS,
+    Case,
+    captured,
+    check_gpu,
+    event_us,
+    layer_weights,
+    machine,
+    median_us,
+    noise,
+)
 
 import cupy_attn as ca
 from cupy_attn.arrays import storage_dtype
@@ -39,7 +50,6 @@ REPEATS = 15
 MOST_LAUNCHES = 20  # in a graph
 GRAPH_US = 5000.0  # longer kernels are launched fewer times
 KERNELS_OF_PREFILL, ATTENTION_KERNEL = (-3, -2, -1), -2  # counted from the last
-PRECISE_THRESHOLD = 0.1  # below norm weights near one: the precise path takes them
 
 # What is measured: sequences as MODEL:BATCH:TOKENS.
 KERNELS = ("0.6B:1:2048", "0.6B:1:8192", "8B:1:2048", "8B:1:8192")

@@ -23,7 +23,7 @@ DTYPES = ("float16", "bfloat16")
 SMALL = {"head_dim": 128, "rope_theta": 1e6, "max_position_embeddings": 4096}
 SMALL_WINDOW = 40
 # Tokens, heads, columns and multiprocessors for which project_*_few_wgmma take clusters of 160 and 192 rows of weights,
-# 144 and 64, 224 and 96, 192 and 144, of 2 and 4 blocks; and two tiles of tokens, there and with 128 and 96, 192 and
+# 144 and 64, 224 and 96, 192 and 144, of 1, 2 and 4 blocks; and two tiles of tokens, there and with 128 and 96, 192 and
 # 128, 256 and 160 rows.
 FEW_TILES = (
     (12, (4, 2), 512, 14), (64, (6, 2), 512, 40), (12, (6, 2), 512, 27), (24, (2, 2), 576, 8), (140, (2, 2), 576, 8),

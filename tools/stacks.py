@@ -37,6 +37,7 @@ MIN_LAYERS, MAX_LAYERS = 8, 28  # with fewer, the start of a graph is a good par
 ROOM = 64  # cache rows past the tokens
 WARM_UPS = 5
 SLOW_REPLAYS = 3  # of a stack whose replays would take longer than they may
+PRECISE_THRESHOLD = 0.1  # below norm weights near one: the precise path takes them
 SPIN_NS = 3_000_000  # longer than the host takes to queue a graph of a thousand nodes
 
 SOURCE = r"""
@@ -231,12 +232,13 @@ class Stack:
 class Ours(Stack):
     """:class:`cupy_attn.Attention`."""
 
-    batch_invariant = False
+    batch_invariant = precise = False
 
     def __init__(self, case: Case, dtype: str, layers: int) -> None:
         super().__init__(case, dtype, layers)
+        config = dataclasses.replace(case.config, precise_threshold=PRECISE_THRESHOLD) if self.precise else case.config
         self._layers = [
-            ca.Attention(case.config, layer_weights(case.model, dtype, i), dtype, "cuda",
+            ca.Attention(config, layer_weights(case.model, dtype, i), dtype, "cuda",
                          batch_invariant=self.batch_invariant)
             for i in range(layers)
         ]  # fmt: skip
@@ -260,6 +262,12 @@ class InAnyBatch(Ours):
     """The same with the same bits in any batch."""
 
     batch_invariant = True
+
+
+class OnPrecisePath(Ours):
+    """The same on the precise path, whatever the norm weights."""
+
+    precise = True
 
 
 class Separate(Stack):
