@@ -140,7 +140,8 @@ class AttentionConfig:
         ``qwen3`` or ``qwen3_moe``.
     precise_threshold : float
         Max |k_norm.weight| above which GPU scores take the precise path; so do those of layers whose weights of q and k
-        together make as large ones: see ``weights.takes_precise_path``.
+        together make as large ones: see ``weights.takes_precise_path``. Parts of it decide on products that make
+        good, in Hopper's prefill, what rounding hidden states changes of keys: see ``weights.multiplies_rest``.
 
     Raises
     ------

@@ -23,7 +23,7 @@ from .rope import inverse_frequencies
 from .separate import SeparateOps
 from .steps import Step
 from .tensor_maps import tensor_map
-from .weights import AttentionWeights, takes_precise_path
+from .weights import AttentionWeights, multiplies_rest, takes_precise_path
 from .workspace import workspace_of
 
 MIN_CAPABILITY = (8, 0)
@@ -170,8 +170,8 @@ class _Weights:
         self.o_bias = None if "o_bias" not in wide else cupy.asarray(wide["o_bias"])
         self.frequency = cupy.asarray(_frequencies(config, angles))
         self.scalars = {
-            "qkv_unscale": 1 / (hidden_scale * qkv_scale), "o_unscale": 1 / (o_scale * self.v_scale),
-            "rest_unscale": qkv_scale / (rest_scale * E4M3_SCALE),
+            "qkv_scale": hidden_scale * qkv_scale, "qkv_unscale": 1 / (hidden_scale * qkv_scale),
+            "o_unscale": 1 / (o_scale * self.v_scale), "rest_unscale": qkv_scale / (rest_scale * E4M3_SCALE),
             "score_scale": math.log2(math.e) / math.sqrt(config.head_dim) / q_scale / k_scale, "v_scale": self.v_scale,
             "hidden_unscale": 1 / hidden_scale, "q_norm_unscale": 1 / (factor * q_scale), "q_rope_unscale": 1 / q_scale,
             "k_norm_unscale": 1 / (factor * k_scale), "k_rope_unscale": 1 / k_scale,
@@ -270,7 +270,8 @@ class CudaBackend:
                 SlowPathWarning,
                 stacklevel=4,
             )
-        rest = wgmma.multiplies_rest(self._shape, self._limits)
+        rest = wgmma.can_multiply_rest(self._shape, self._limits)
+        rest = rest and multiplies_rest(config, weights.q_norm, weights.k_norm)
         self._ready = None if why is not None else _Weights(config, weights, angles=angles, multiplies_rest=rest)
         self._launches: dict[Any, list[Launch]] = {}
         self._launchers: dict[Launch, Launcher] = {}
@@ -375,7 +376,8 @@ class CudaBackend:
             "hidden_parts": (call["hidden"], launch.HIDDEN_PARTS * config.hidden_size, rows),
             "qkv_proj": qkv_proj,
             "qkv_rows": qkv_proj,
-            "k_proj": (call["k_proj"], config.hidden_size // 2, config.kv_size),
+            # Or, where there is none and nothing is copied, of something else.
+            "k_proj": (call["k_proj"] or call["qkv_proj"], config.hidden_size // 2, config.kv_size),
             "q": (call["q"], config.q_size, self._shape.parts * rows),
             "k": (call["k"], config.head_dim, self._shape.parts * heads * call["scratch_capacity"]),
             "v": (call[v[0]], config.head_dim, heads * call[v[1]]),

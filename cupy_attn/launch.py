@@ -26,7 +26,7 @@ MOST_PIECES = 16  # shares.cuh
 # keys among all multiprocessors but normalise them again for every 16 queries.
 MAX_APPEND, SHORT_APPEND, SHORT_INVARIANT_APPEND, MAX_QUERIES = 64, 32, 16, 128
 NORM_ROWS = 4  # project_qkv.cu: rows of one piece of work
-PAST_ROWS = 64  # project.cuh: cached keys, in what a call says of them
+PAST_ROWS = 64  # prepare_past.cuh: cached keys, in what a call says of them
 HIDDEN_PARTS = 2  # project.cuh: float16 numbers that hold one normalised hidden state
 
 _POINTERS = (
@@ -41,8 +41,8 @@ _INTEGERS = (
     "max_position", "window",
 )  # fmt: skip
 _FLOATS = (
-    "eps", "qkv_unscale", "o_unscale", "rest_unscale", "score_scale", "v_scale", "hidden_unscale", "q_norm_unscale",
-    "q_rope_unscale", "k_norm_unscale", "k_rope_unscale",
+    "eps", "qkv_scale", "qkv_unscale", "o_unscale", "rest_unscale", "score_scale", "v_scale", "hidden_unscale",
+    "q_norm_unscale", "q_rope_unscale", "k_norm_unscale", "k_rope_unscale",
 )  # fmt: skip
 CALL = np.dtype(
     [(name, np.uint64) for name in _POINTERS]

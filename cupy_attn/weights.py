@@ -74,11 +74,25 @@ def takes_precise_path(config: AttentionConfig, q_norm: np.ndarray, k_norm: np.n
     * :func:`largest_pair_product`, above the threshold over ``PEAK_TO_PAIR``: one pair of dims then carries the scores,
       and rounding its q' and k' to float16 moves all of them in proportion, with nothing to average it out.
     """
-    q, k, threshold = NormStats.of(q_norm), NormStats.of(k_norm), config.precise_threshold
+    return _exceeds(config.precise_threshold, PEAK_TO_PAIR, q_norm, k_norm)
+
+
+def multiplies_rest(config: AttentionConfig, q_norm: np.ndarray, k_norm: np.ndarray) -> bool:
+    """Return whether prefill on the normal path multiplies K's weights with what rounding hidden states leaves over.
+
+    Keys that round to the other neighbour here and there cost little where scores are small: the rules are those of
+    :func:`takes_precise_path`, with half of the first two limits and a quarter of the third (docs/numerics.md).
+    """
+    return _exceeds(config.precise_threshold / 2, 2 * PEAK_TO_PAIR, q_norm, k_norm)
+
+
+def _exceeds(threshold: float, peak_to_pair: float, q_norm: np.ndarray, k_norm: np.ndarray) -> bool:
+    """Apply the three rules of :func:`takes_precise_path`."""
+    q, k = NormStats.of(q_norm), NormStats.of(k_norm)
     return (
         k.max_abs > threshold
         or q.rms * k.rms > threshold / PEAK_TO_RMS
-        or largest_pair_product(q_norm, k_norm) > threshold / PEAK_TO_PAIR
+        or largest_pair_product(q_norm, k_norm) > threshold / peak_to_pair
     )
 
 

@@ -21,6 +21,7 @@ BOX_ROWS = 128  # of W, in one copy, at most
 CLUSTER = 2  # blocks that share what they copy of W
 LEAST_ROWS, LEAST_QUERIES = 64, 128  # of a call, of a sequence: fewer leave most of a tile empty
 STAGES = 2  # attend_wgmma.cu
+TABLES = 2 * HEAD_DIM * 4 + HEAD_DIM // 2 * 8  # finish_heads.cuh: norms' weights and frequencies, in bytes
 PAST_ROWS_A_WARP = 8
 ALIGNMENT = 1024  # of dynamic shared memory; what is static takes no more than that
 # gemm_few_wgmma.cuh: tokens of a warpgroup, and how many warpgroups share W; rows of W of a cluster, at most as many as
@@ -51,8 +52,8 @@ def attends(shape: Shape, limits: Limits, seq: int, *, collect: bool) -> bool:
     return limits.wgmma and shape.head_dim == HEAD_DIM and not collect and seq >= LEAST_QUERIES
 
 
-def multiplies_rest(shape: Shape, limits: Limits) -> bool:
-    """Return whether prefill has 8-bit products of K's weights and what rounding of hidden states leaves over."""
+def can_multiply_rest(shape: Shape, limits: Limits) -> bool:
+    """Return whether prefill can have 8-bit products of K's weights and what rounding of hidden states leaves over."""
     return limits.wgmma and shape.head_dim == HEAD_DIM and not shape.precise
 
 
@@ -63,23 +64,23 @@ def hidden_columns(config: AttentionConfig, shape: Shape) -> int:
 
 def _project(
     name: str, shape: Shape, limits: Limits, rows: int, columns: int, sizes: tuple[int, ...],
-    boxes: tuple[str, ...], *, least: int = 0, **macros: object,
+    boxes: tuple[str, ...], *, least: int = 0, tables: int = 0, **macros: object,
 ) -> Launch:  # fmt: skip
     """Return the launch of a product of ``rows`` rows.
 
     ``columns``: of the result. ``sizes``: how many a tile may have. ``boxes``: the arrays that are copied, x and those
-    of weights. ``least``: blocks that there is other work for.
+    of weights. ``least``: blocks that there is other work for. ``tables``: bytes of shared memory behind the buffers.
     """
     tiles = {size: -(-rows // (BLOCK_M * CLUSTER)) * -(-columns // size) for size in sizes}
     clusters = limits.num_sms // CLUSTER
     # Rounds of all clusters, times what a tile takes: narrow ones read more of x and W for every product.
     block_n = min(sizes, key=lambda size: -(-tiles[size] // clusters) * {256: 256, 128: 144, 64: 92}[size])
     stage = (BLOCK_M + block_n) * GEMM_BLOCK_K * 2
-    stages = min(6, (limits.block_smem - ALIGNMENT) // stage)
+    stages = min(6, (limits.block_smem - ALIGNMENT - tables) // stage)
     settings = macros_of(shape, BLOCK_N=block_n, GEMM_STAGES=stages, CLUSTER=CLUSTER, **macros)
     grid = min(clusters, max(tiles[block_n], -(-least // CLUSTER))) * CLUSTER
     copied = ((boxes[0], BLOCK_M), *((name, min(block_n // CLUSTER, BOX_ROWS)) for name in boxes[1:]))
-    return Launch(name, settings, grid, THREADS, stages * stage, overlaps=True, cluster=CLUSTER, boxes=copied)
+    return Launch(name, settings, grid, THREADS, stages * stage + tables, overlaps=True, cluster=CLUSTER, boxes=copied)
 
 
 def project_qkv(config: AttentionConfig, shape: Shape, limits: Limits, rows: int, past: int) -> Launch:
@@ -88,7 +89,8 @@ def project_qkv(config: AttentionConfig, shape: Shape, limits: Limits, rows: int
     return _project("project_qkv_wgmma", shape, limits, rows, config.q_size + 2 * config.kv_size,
                     (128,) if shape.precise else (256, 128),
                     ("hidden", "qkv_proj") if shape.precise else ("hidden", "qkv_proj", "k_proj"),
-                    least=-(-warps // (THREADS // 32)), FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
+                    least=-(-warps // (THREADS // 32)), tables=TABLES,
+                    FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
 
 
 def attend(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int) -> Launch:
@@ -177,8 +179,8 @@ def projects_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: 
     """Return whether both projections of so many tokens run on ``project_*_few_wgmma.cu``."""
     fits = config.hidden_size % GEMM_BLOCK_K == 0 and launch.holds_a_row(config, limits)
     weights = (config.q_size + 2 * config.kv_size) * config.hidden_size
-    # Whatever the batch, the same kernels must multiply.
     enough = tokens >= LEAST_FEW or (weights >= MANY_WEIGHTS and not shape.precise)
+    # With batch_invariant the same kernels must multiply, whatever the batch.
     wanted = shape.batch_invariant or (enough and tokens <= launch.MAX_FEW)
     return limits.wgmma and fits and wanted
 

@@ -65,7 +65,7 @@ struct Call {
     int max_position;  // positions are below this
     int window;        // largest difference of positions a query sees, plus one
     float eps;         // rms_norm_eps, in units of x^2
-    float qkv_unscale;
+    float qkv_scale, qkv_unscale;  // of products, to and from float16's range
     float o_unscale;
     float rest_unscale;  // of products of E4M3
     float score_scale;  // from q' k'^T to base-2 logarithms of weights

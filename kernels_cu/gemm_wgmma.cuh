@@ -38,15 +38,10 @@ struct Ring {
     }
 };
 
-// Wait for all threads that share a ring: after init, and before a block may end.
+// Wait for all threads that share a ring, after init.
 __device__ __forceinline__ void begin() {
     if constexpr (CLUSTER == 1) __syncthreads();
     else cluster_meet();
-}
-
-__device__ __forceinline__ void end() {
-    if constexpr (CLUSTER == 1) __syncthreads();
-    else cluster_sync();
 }
 
 struct Cursor {
@@ -99,6 +94,12 @@ struct Producer {
 #pragma unroll 1
         for (int step = 0; step < begun; ++step, at.advance()) copy_step(w, first_n, step * BLOCK_K % k_size);
         return begun;
+    }
+
+    // Wait until all buffers are empty: nobody arrives here any more, and the block may end. Ends of all threads of a cluster
+    // together would cost each a wait for its stores.
+    __device__ __forceinline__ void drain() {
+        for (int i = 0; i < STAGES; ++i, at.advance()) wait();
     }
 
     // Rows first_m on of x, columns k on.

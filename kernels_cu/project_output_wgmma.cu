@@ -86,13 +86,13 @@ project_output_wgmma(const __grid_constant__ Call call, const __grid_constant__ 
         if (producer_warp == 0 && elected()) {
             for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round, begun = 0)
                 producer.copy_weights(&maps.o_proj, place_of(tile).n * BLOCK_N, k_size, steps, begun);
+            producer.drain();
         } else if (producer_warp == 1 && elected()) {
             for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round)
                 producer.copy_rows(&maps.attention, place_of(tile).m * gemm::BLOCK_M, 0, steps);
         } else if (producer_warp == 2 && blockIdx.x == 0) {
             for (int b = lane; b < call.batch; b += 32) advance_length(call, b);
         }
-        __syncwarp();
     } else {
         take_registers<gemm::CONSUMER_REGISTERS>();
         gemm::Consumer consumer(ring, smem);
@@ -123,5 +123,4 @@ project_output_wgmma(const __grid_constant__ Call call, const __grid_constant__ 
                 y[piece] = make_uint4(0, 0, 0, 0);
         }
     }
-    gemm::end();
 }

@@ -14,6 +14,7 @@
 #include "gemm.cuh"
 
 constexpr int VEC = HEAD_DIM % 64 == 0 ? 8 : HEAD_DIM % 32 == 0 ? 4 : 2;  // consecutive dims of a thread
+#include "prepare_past.cuh"
 #include "project.cuh"
 
 static_assert(BLOCK_N % HEAD_DIM == 0, "a tile holds whole heads");

@@ -1,17 +1,14 @@
 // project_qkv.cu on Hopper's own units (gemm_wgmma.cuh), after normalise_rows.cu: the same results, but for the order of sums.
 //
 // Grid: any number of clusters. Warps prepare cached keys, every so-many-th piece of them; then each cluster has every so-many-th
-// tile of the product. Tiles of keys come first: they take half as long again, for products of what rounding x left over, in 8
-// bits (PARTS 1); with PARTS 2 every tile has both parts of x in 16.
-// Block 384 threads, shared memory GEMM_STAGES x (128 + BLOCK_N) x 64 halves.
+// tile of the product. Tiles of keys come first: with k_proj they take half as long again, for products of what rounding x left
+// over, in 8 bits (PARTS 1); with PARTS 2 every tile has both parts of x in 16.
+// Block 384 threads, shared memory GEMM_STAGES x (128 + BLOCK_N) x 64 halves and finish_heads.cuh's tables.
 // -D: those of call.cuh, HEAD_DIM 128, BLOCK_N (128 or 256), GEMM_STAGES, CLUSTER, FLOAT32_ANGLES.
 // Tensor-core bound; one read of x and Wqkv from memory, tiles re-read from L2.
+#include "finish_heads.cuh"
 #include "gemm_wgmma.cuh"
-
-using gemm::VEC;
-#include "project.cuh"
-
-static_assert(HEAD_DIM == 128 && BLOCK_N % HEAD_DIM == 0, "a tile holds whole heads");
+#include "prepare_past.cuh"
 
 struct Maps {
     TensorMap hidden;    // [B S, both parts of H]
@@ -24,58 +21,13 @@ struct Maps {
 constexpr int PAST_ROWS_A_WARP = 8;
 constexpr int NO_WRAP = 1 << 30;  // of columns of W
 
-// One head, and half 0 or 1 of a thread's sums of it.
-template <int Head, int Half>
-__device__ __forceinline__ void take_sums(const gemm::Sums& sums, float scale, Values& values) {
-#pragma unroll
-    for (int j = 0; j < 2 * HALF_BLOCKS; ++j)
-#pragma unroll
-        for (int e = 0; e < 2; ++e) values[j][e] = sums[Head * HEAD_DIM / 2 + 4 * j + 2 * Half + e] * scale;
-}
-
-constexpr int HEADS_A_TILE = BLOCK_N / HEAD_DIM;
-
-// What becomes of a thread's sums, rows m and m + 8 of each head. One loop: unrolled, it would not fit the instruction cache.
-__device__ __forceinline__ void finish_sums(const Call& call, const gemm::Sums& sums, int m, const int2 (&rows)[2], int first_head) {
-    float2 turns[HALF_BLOCKS][2];  // cosine and sine, the same for both heads
-#pragma unroll 1
-    for (int piece = 0; piece < 2 * HEADS_A_TILE; ++piece) {
-        const int half = piece / HEADS_A_TILE, head = piece % HEADS_A_TILE, head_idx = first_head + head;
-        const int2 row = half ? rows[1] : rows[0];
-        if (head == 0) {
-#pragma unroll
-            for (int j = 0; j < HALF_BLOCKS; ++j) {
-                const uint4 frequency = *reinterpret_cast<const uint4*>(call.frequency + dim_of(j, 0));
-                rotation(row.y, make_uint2(frequency.x, frequency.y), turns[j][0].x, turns[j][0].y);
-                rotation(row.y, make_uint2(frequency.z, frequency.w), turns[j][1].x, turns[j][1].y);
-            }
-        }
-        if (head_idx >= call.num_q_heads + 2 * call.num_kv_heads) continue;
-        Values values;
-        if (head == 0 && half == 0) take_sums<0, 0>(sums, call.qkv_unscale, values);
-        else if (head == 0) take_sums<0, 1>(sums, call.qkv_unscale, values);
-        else if (half == 0) take_sums<HEADS_A_TILE - 1, 0>(sums, call.qkv_unscale, values);
-        else take_sums<HEADS_A_TILE - 1, 1>(sums, call.qkv_unscale, values);
-        if (call.qkv_bias != nullptr) {
-#pragma unroll
-            for (int j = 0; j < 2 * HALF_BLOCKS; ++j) {
-                const float2 bias = *reinterpret_cast<const float2*>(call.qkv_bias + head_idx * HEAD_DIM + dim_of(j, 0));
-                values[j][0] += bias.x, values[j][1] += bias.y;
-            }
-        }
-        finish_head(call, m + 8 * half, row, head_idx, values, [&](int j) {
-#pragma unroll
-            for (int e = 0; e < 2; ++e) rotate(values[j][e], values[j + HALF_BLOCKS][e], turns[j][e].x, turns[j][e].y);
-        });
-    }
-}
-
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(gemm::THREADS, 1)
 project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps maps)
 {
     extern __shared__ __align__(1024) __half smem[];
     __shared__ gemm::Ring ring;
     __shared__ gemm::RowTiles row_tiles;
+    Tables& tables = *reinterpret_cast<Tables*>(smem + gemm::STAGES * gemm::STAGE);
     const int num_rows = call.batch * call.seq;
     const int all_m_tiles = (num_rows + gemm::CLUSTER_ROWS - 1) / gemm::CLUSTER_ROWS;
     const bool is_ragged = call.num_tokens != nullptr && all_m_tiles <= gemm::RowTiles::MOST;
@@ -100,7 +52,8 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
     };
     const int steps = call.hidden_size / gemm::BLOCK_K * PARTS;
     // Before them in tiles with keys, of the second part of x as E4M3, two to a column. Other rows of W lie outside of the map.
-    auto rest_steps_of = [&](int tile) { return PARTS == 1 && tile < m_tiles * key_tiles ? (steps + 1) / 2 : 0; };
+    const bool has_rest = PARTS == 1 && call.k_proj != nullptr;
+    auto rest_steps_of = [&](int tile) { return has_rest && tile < m_tiles * key_tiles ? (steps + 1) / 2 : 0; };
 #if PARTS == 1
     auto key_row = [&](int n) { return n - call.num_q_heads * HEAD_DIM; };
 #endif
@@ -122,6 +75,10 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
         producer.at = {};
     }
     if (threadIdx.x == 0) prefetch(&maps.hidden);
+    if (threadIdx.x >= WARPGROUP) {
+        tables.fetch(call, threadIdx.x - WARPGROUP);
+        copies_commit();
+    }
     wait_for_previous_kernel();
 
     if (is_ragged) {
@@ -143,6 +100,7 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
 #endif
                 producer.copy_weights(&maps.qkv_proj, first_n, call.hidden_size, steps, max(begun - rest_steps, 0));
             }
+            producer.drain();
         } else if (producer_warp == 1 && elected()) {
             for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round) {
                 const int first_m = tile_place(tile).m * gemm::BLOCK_M;
@@ -150,22 +108,19 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
                 producer.copy_rows(&maps.hidden, first_m, 0, steps);
             }
         }
-        __syncwarp();
     } else {
         take_registers<gemm::CONSUMER_REGISTERS>();
         gemm::Consumer consumer(ring, smem);
+        copies_wait<0>();
+        named_wait(1, gemm::CONSUMERS * WARPGROUP);
         for (int tile = first_tile; tile < m_tiles * n_tiles; tile += tiles_a_round) {
             const gemm::Place place = tile_place(tile);
             const int m = place.m * gemm::BLOCK_M + consumer.first_row + warp * 16 + lane / 4;
             gemm::Sums sums;
-            int2 rows[2];
-            consumer.multiply<PARTS == 2, PARTS == 1>(rest_steps_of(tile), call.rest_unscale, steps, sums, [&] {
-#pragma unroll
-                for (int half = 0; half < 2; ++half)
-                    rows[half] = m + 8 * half < num_rows ? __ldcg(call.rows + m + 8 * half) : make_int2(PADDING, 0);
-            });
-            finish_sums(call, sums, m, rows, place.n * HEADS_A_TILE);
+            Rows rows;
+            consumer.multiply<PARTS == 2, PARTS == 1>(rest_steps_of(tile), call.rest_unscale, steps, sums, 
+                                                         [&] { rows.load(call, m); });
+            finish_tile(call, tables, sums, rows, place.n * HEADS_A_TILE);
         }
     }
-    gemm::end();
 }

@@ -11,12 +11,9 @@ __device__ __forceinline__ void rotation(int position, uint2 frequency, float& c
     sincosf(__fmul_rn(static_cast<float>(position), __uint_as_float(frequency.y)), &sine, &cosine);
 #else
     const unsigned p = static_cast<unsigned>(position);
-    unsigned rounded;  // to the 23 bits that are taken
-    asm("mad.hi.u32 %0, %1, %2, 256;" : "=r"(rounded) : "r"(p), "r"(frequency.x));
-    const unsigned turn = p * frequency.y + rounded;
-    // The 23 upper bits as the mantissa of a float in [1, 2), half a turn added, so that minus 1.5 it is in [-0.5, 0.5).
-    const float fraction = __uint_as_float((turn >> 9) ^ 0x3fc00000u) - 1.5f;
-    const float angle = fraction * 6.283185307f;
+    // Of 2^32 to a turn, at most half a turn either way.
+    const int turn = static_cast<int>(p * frequency.y + __umulhi(p, frequency.x));
+    const float angle = static_cast<float>(turn) * 1.4629180792671596e-9f;
     sine = __sinf(angle);
     cosine = __cosf(angle);
 #endif

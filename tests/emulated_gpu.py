@@ -38,11 +38,11 @@ RESERVED = (
 INSTRUCTIONS = (
     ("griddepcontrol.", "ptx_griddepcontrol", ""),
     ("prefetch.", "ptx_prefetch", ""),
-    ("mad.hi.u32", "ptx_mad", ""),
     ("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;", "ptx_to_e4m3", ""),
     ("atom.add.", "ptx_atom", ""),
     ("cp.async.cg.", "ptx_cp_async", "16"),
     ("createpolicy.", "ptx_policy", ""),
+    ("setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }", "ptx_store_four", ""),
     ("cp.async.ca.shared.global [%0], [%1], 4, %2;", "ptx_cp_async", "4"),
     ("cp.async.ca.shared.global [%0], [%1], 4;", "ptx_cp_async", "4, 4"),
     ("cp.async.commit_group", "ptx_cp_commit", ""),

@@ -21,7 +21,6 @@ MACHINE = {"gpu": "A GPU", "driver": "1.2, 700 W", "cupy": "14.2.0"}
 def test_useful_work_of_the_kernels_is_that_of_the_layer():
     case = Case("prefill", "8B", 1, 3)  # 32:8 heads of 128, 4096 wide
     assert bench_parts.qkv_flop(case) == 2 * 3 * 4096 * (32 + 8 + 8) * 128
-    assert bench_parts.multiplied_qkv_flop(case) == 2 * 3 * 4096 * (32 + 8 + 8 + 8) * 128
     assert bench_parts.attention_flop(case) == 2 * 2 * 32 * 128 * (1 + 2 + 3)
     assert bench_parts.output_flop(case) == 2 * 3 * 32 * 128 * 4096
     assert bench_parts.rate(case.flop, 1.0) == case.flop / 1e6
@@ -57,13 +56,13 @@ def test_a_table_says_what_is_there_and_what_is_not():
 def fake_times(monkeypatch):
     """Take every kernel for 10 us, cuBLAS for 5, FlashAttention-3 for 8, a layer for a microsecond a chunk."""
     names = ("qkv", "attend", "output")
-    monkeypatch.setattr(bench_parts, "kernels_us", lambda case, dtype, precise=False, which=(-3, -2, -1): [
-        {"kernel": names[i], "us": 30.0 if precise else 10.0} for i in which])  # fmt: skip
+    monkeypatch.setattr(bench_parts, "kernels_us", lambda case, dtype, path=None, which=(-3, -2, -1): [
+        {"kernel": names[i], "us": {None: 10.0, "rest": 12.5, "precise": 30.0}[path]} for i in which])  # fmt: skip
     monkeypatch.setattr(bench_parts, "product_us", lambda *_: 5.0)
     monkeypatch.setattr(bench_parts, "fa3_us", lambda case: 8.0)
     monkeypatch.setattr(bench_parts, "hidden_states", lambda case, dtype: None)
     monkeypatch.setattr(bench_parts, "release", lambda: None)
-    monkeypatch.setattr(bench_parts, "layer_of", lambda model, dtype, precise=False: "precise" if precise else "normal")
+    monkeypatch.setattr(bench_parts, "layer_of", lambda model, dtype, path=None: path)
     monkeypatch.setattr(
         bench_parts, "layer_us", lambda layer, x, chunks=1, **_: chunks * (3.0 if layer == "precise" else 2)
     )
@@ -72,10 +71,10 @@ def fake_times(monkeypatch):
 def test_rows_hold_rates_and_ratios(monkeypatch):
     fake_times(monkeypatch)
     case = Case("prefill", "0.6B", 1, 100)
-    qkv, attend, output = bench_parts.measure_kernels([case])[:3]
+    qkv, attend, output, larger = bench_parts.measure_kernels([case])[:4]
     assert (qkv["dtype"], qkv["ratio"], qkv["peer_tflop_s"]) == ("float16", 0.5, 2 * qkv["tflop_s"])
-    assert qkv["multiplied_tflop_s"] == pytest.approx(1.25 * qkv["tflop_s"])  # 40 heads for 32
-    assert output["multiplied_tflop_s"] == output["tflop_s"]
+    assert (larger["kernel"], larger["ratio"]) == ("qkv, larger norms", 0.4)
+    assert qkv["tflop_s"] == pytest.approx(1.25 * larger["tflop_s"]) == 2 * output["tflop_s"]
     assert "peer_us" not in attend
     (row,) = bench_parts.measure_attention([case])
     assert (row["kernel"], row["ratio"]) == ("attend", 0.8)
@@ -169,7 +168,7 @@ def test_kernels_run_again_and_again_on_what_a_call_left(monkeypatch):
     names = ["project_qkv", "attend_prefill", "project_output"]
     for _ in range(2):  # a layer that was used before
         assert bench_parts.kernels_us(case, "float16") == [{"kernel": name, "us": 2.0} for name in names]
-    assert bench_parts.kernels_us(case, "float16", precise=True, which=[1]) == [{"kernel": names[1], "us": 2.0}]
+    assert bench_parts.kernels_us(case, "float16", path="precise", which=[1]) == [{"kernel": names[1], "us": 2.0}]
     assert len(ran) == 7
     layer = bench_parts.layer_of("tiny", "float16")
     assert layer.precise is False
@@ -196,7 +195,7 @@ def test_every_part_runs_on_a_gpu():
             "batches": bench_parts.measure_batches("0.6B", [100, 200]),
         }
     assert list(results) == list(PARTS)
-    assert [len(rows) for rows in results.values()] == [6, 1, 1, 2, 3]
+    assert [len(rows) for rows in results.values()] == [8, 1, 1, 2, 3]
     for name, rows in results.items():
         assert all(value > 0 for row in rows for key, value in row.items() if key.endswith(("us", "_s", "ratio")))
         assert len(part_text(name, {"rows": rows}).splitlines()) >= 4 + len(rows)

@@ -79,12 +79,12 @@ def test_a_case_of_several_new_tokens_counts_what_each_sees():
     assert Case("prefill", "0.6B", 2, 100).seq == 100
 
 
-@pytest.mark.parametrize("cls", [stacks.Ours, stacks.InAnyBatch, stacks.OnPrecisePath])
+@pytest.mark.parametrize("cls", [stacks.Ours, stacks.InAnyBatch, stacks.WithRest, stacks.OnPrecisePath])
 def test_a_stack_makes_layers_of_its_kind(monkeypatch, cls):
     made = []
 
     def attention(config, *_, batch_invariant):
-        made.append((config.precise_threshold < 1, batch_invariant))
+        made.append((config.precise_threshold, batch_invariant))
         raise InterruptedError
 
     monkeypatch.setattr(stacks.Stack, "__init__", lambda *_: None)
@@ -92,7 +92,8 @@ def test_a_stack_makes_layers_of_its_kind(monkeypatch, cls):
     monkeypatch.setattr(ca, "Attention", attention)
     with pytest.raises(InterruptedError):
         cls(CASE, "float16", 1)
-    assert made == [(cls is stacks.OnPrecisePath, cls is stacks.InAnyBatch)]
+    thresholds = {stacks.WithRest: 12.0, stacks.OnPrecisePath: 0.1}
+    assert made == [(thresholds.get(cls, CASE.config.precise_threshold), cls is stacks.InAnyBatch)]
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,8 @@ def test_a_stack_makes_layers_of_its_kind(monkeypatch, cls):
         (["--prefill", "--batch-invariant"], "are for times of --decode"),
         (["--decode", "--new", "4", "--traffic"], "are for times of --decode"),
         (["--decode", "--new", "9", "--case", "0.6B:1:8"], "a case has fewer than 9 tokens"),
-        (["--precise", "--traffic"], "--precise is for times"),
+        (["--precise", "--traffic"], "--precise are for times"),
+        (["--rest"], "--rest needs --prefill"),
     ],
 )
 def test_what_decode_alone_can_be_asked_for(arguments, says):

@@ -19,7 +19,7 @@ from cupy_attn.accuracy import BARS, relative_l2
 from cupy_attn.arrays import STORAGE_DTYPES, to_numpy
 from cupy_attn.bench import MODELS, model_config
 from cupy_attn.verify import verify_layer
-from cupy_attn.weights import largest_pair_product
+from cupy_attn.weights import largest_pair_product, multiplies_rest
 
 pytestmark = pytest.mark.gpu
 
@@ -108,23 +108,32 @@ def with_one_pair(weights: ca.AttentionWeights, product: float, spread: float) -
     return with_k_norm(weights, product / np.abs(weights.q_norm.astype(np.float64)).reshape(2, -1)[:, 0].max(), spread)
 
 
-@pytest.mark.parametrize("precise", [False, True], ids=["normal", "precise"])
+def on_path(weights: ca.AttentionWeights, path: str) -> ca.AttentionWeights:
+    """Return weights with a K-norm for the precise path, the normal one, or that without products of the rest."""
+    if path == "precise":
+        return with_k_norm(weights, WILD)
+    if path == "normal":
+        return with_k_norm(weights, 8.0, spread=1.5)
+    return dataclasses.replace(weights, k_norm=(0.8 * weights.k_norm).astype(weights.k_norm.dtype))
+
+
+@pytest.mark.parametrize("path", ["small", "normal", "precise"])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("model", MODELS)
-def test_every_published_shape(model, dtype, precise):
-    weights = large_weights(model, dtype)
-    weights = with_k_norm(weights, WILD) if precise else with_k_norm(weights, 8.0, spread=1.5)
+def test_every_published_shape(model, dtype, path):
+    weights = on_path(large_weights(model, dtype), path)
     layer = ca.Attention(model_config(model), weights, dtype, "cuda")
-    assert layer.precise is precise
+    assert layer.precise is (path == "precise")
+    assert multiplies_rest(layer.config, weights.q_norm, weights.k_norm) is (path != "small")
     hold(layer, make_hidden(layer.config, 1, 132, dtype=dtype), steps=2)
 
 
-@pytest.mark.parametrize("precise", [False, True], ids=["normal", "precise"])
+@pytest.mark.parametrize("path", ["normal", "precise"])
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("model", ["0.6B", "8B"])
-def test_keys_are_rounded_once(model, dtype, precise):
+def test_keys_are_rounded_once(model, dtype, path):
     """To storage: what rounding hidden states to float16 changes of them has products of its own."""
-    weights = with_k_norm(large_weights(model, dtype), WILD if precise else TAME)
+    weights = on_path(large_weights(model, dtype), path)
     config, x = model_config(model), make_hidden(model_config(model), 1, 131, dtype=dtype)
     layer = ca.Attention(config, weights, dtype, "cuda")
     cache = layer.new_cache(1, 131)

@@ -47,7 +47,7 @@ def draw(seed: int) -> tuple[ca.AttentionConfig, str, float, list[np.ndarray]]:
         counts = np.full(batch, most) if rng.random() < 0.5 else rng.integers(0, most + 1, batch)
         counts[int(rng.integers(batch))] = most
         calls.append(counts)
-    return config, choose(HALVES), choose([1.5, 20.0, 44.5, 96.5]), calls
+    return config, choose(HALVES), choose([1.5, 6.0, 20.0, 44.5, 96.5]), calls
 
 
 @pytest.fixture(scope="module", autouse=True)

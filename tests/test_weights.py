@@ -13,7 +13,14 @@ from safetensors.numpy import save_file
 
 import cupy_attn as ca
 from cupy_attn import weights as weights_module
-from cupy_attn.weights import INDEX_NAME, SINGLE_NAME, largest_pair_product, read_norms
+from cupy_attn.weights import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    largest_pair_product,
+    multiplies_rest,
+    read_norms,
+    takes_precise_path,
+)
 
 BFLOAT16 = ml_dtypes.bfloat16
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": BFLOAT16}
@@ -492,3 +499,20 @@ def test_something_that_is_no_array_is_refused():
     tensors["model.layers.0.self_attn.q_norm.weight"] = [1.0] * 32
     with pytest.raises(ca.InputError, match=r"q_norm\.weight is a list; pass a NumPy or CuPy array"):
         ca.AttentionWeights.from_dict(tensors, config)
+
+
+@pytest.mark.parametrize(
+    ("rule", "q", "k", "rms"),
+    [
+        (takes_precise_path, 0.1, 20.0, 0.0), (multiplies_rest, 0.1, 10.0, 0.0),
+        (takes_precise_path, 2.5, 4.0, 0.0), (multiplies_rest, 2.5, 1.0, 0.0),
+        (takes_precise_path, 1.0, 2.5, 2.5), (multiplies_rest, 1.0, 1.25, 1.25),
+    ],
+)  # fmt: skip
+def test_which_norm_weights_ask_for_more_than_float16(rule, q, k, rms):
+    """Each rule alone: the largest weight of k, the largest product within a rotated pair, and that of the rms."""
+    config = make_config(head_dim=64)
+    q_norm, k_norm = np.full(64, rms and 1.0), np.full(64, rms)
+    q_norm[3], k_norm[35] = q, k
+    for beyond in (0.99, 1.01):
+        assert rule(config, q_norm, k_norm * beyond) is (beyond > 1)

@@ -7,7 +7,7 @@ with one kernel written by hand for each phase. tools/bench_peers.py has peers f
     python tools/bench_stack.py --baseline [--decode] [--prefill] [--case MODEL:BATCH:TOKENS] [--json FILE] [--plot PNG]
     python tools/bench_stack.py --decode --case 0.6B:1:4100 --new 4     4 tokens after 4,096, as in speculative decoding
     python tools/bench_stack.py --decode --batch-invariant              what the same bits in any batch cost
-    python tools/bench_stack.py --precise                               what the precise path costs
+    python tools/bench_stack.py --prefill --rest --precise              what larger norm weights cost
     python tools/bench_stack.py --traffic [--json FILE]      bytes moved by a layer, from ncu
     python tools/bench_stack.py --profile MODEL:BATCH:TOKENS --decode --what ours    what ncu watches
 """
@@ -36,6 +36,7 @@ from stacks import (
     InAnyBatch,
     OnPrecisePath,
     Reads,
+    WithRest,
     ceilings,
     check_drawing,
     check_gpu,
@@ -54,8 +55,9 @@ TRAFFIC = {"prefill": ("0.6B:1:512", "0.6B:1:2048"), "decode": ("0.6B:1:1024",)}
 
 METRICS = {"dram__bytes.sum": "dram_bytes", "lts__t_bytes.sum": "l2_bytes"}
 NCU_LIMIT_S = 300
-TIMED = {**STACKS, "invariant": InAnyBatch, "precise": OnPrecisePath}
-LABELS = {**BASELINES, "invariant": "batch-invariant", "precise": "precise path"}  # of what is timed beside ours
+TIMED = {**STACKS, "invariant": InAnyBatch, "rest": WithRest, "precise": OnPrecisePath}
+# Of what is timed beside ours.
+LABELS = {**BASELINES, "invariant": "batch-invariant", "rest": "larger norms", "precise": "precise path"}
 PROFILED: dict[str, Any] = {**STACKS, "read": Reads}
 PASSES = 3  # that ncu watches: what stays in L2 differs from one to the next
 UNITS = {"byte": 1, "Kbyte": 1e3, "Mbyte": 1e6, "Gbyte": 1e9, "Tbyte": 1e12}
@@ -216,6 +218,7 @@ def traffic_table(rows: list[dict[str, Any]]) -> str:
 @click.option("--dtype", type=click.Choice(["float16", "bfloat16"]), default="float16", show_default=True)
 @click.option("--baseline", is_flag=True, help="Time the layer as separate operations too, two ways.")
 @click.option("--batch-invariant", is_flag=True, help="Time the layer with batch_invariant=True too.")
+@click.option("--rest", is_flag=True, help="Time prefill with what larger norm weights need too.")
 @click.option("--precise", is_flag=True, help="Time the layer on the precise path too.")
 @click.option(
     "--new",
@@ -232,17 +235,19 @@ def traffic_table(rows: list[dict[str, Any]]) -> str:
 @click.option("--what", type=click.Choice(list(PROFILED)), default="ours", show_default=True, help="With --profile.")
 @click.option("--layers", type=click.IntRange(min=1), help="With --profile and --traffic; default: 256 MiB.")
 def main(
-    kinds: str | None, cases: tuple[str, ...], dtype: str, baseline: bool, batch_invariant: bool, precise: bool,
-    new: int, replays: int, json_file: Path | None, plot: Path | None, show_traffic: bool, profiled: str | None,
-    what: str, layers: int | None,
+    kinds: str | None, cases: tuple[str, ...], dtype: str, baseline: bool, batch_invariant: bool, rest: bool,
+    precise: bool, new: int, replays: int, json_file: Path | None, plot: Path | None, show_traffic: bool,
+    profiled: str | None, what: str, layers: int | None,
 ) -> None:  # fmt: skip
     """Time stacks of layers, or count what they move; exit status 1 if ours and a baseline disagree."""
     if profiled and not kinds:
         raise click.UsageError("--profile needs --decode or --prefill.")
     if (new > 1 or batch_invariant) and (kinds != "decode" or profiled or show_traffic or plot):
         raise click.UsageError("--new and --batch-invariant are for times of --decode.")
-    if precise and (profiled or show_traffic or plot):
-        raise click.UsageError("--precise is for times.")
+    if (rest or precise) and (profiled or show_traffic or plot):
+        raise click.UsageError("--rest and --precise are for times.")
+    if rest and kinds != "prefill":
+        raise click.UsageError("--rest needs --prefill: decode does the same either way.")
     if plot:
         check_drawing(plot)
     defaults: dict[str, tuple[str, ...]] = TRAFFIC if show_traffic else {"decode": DECODE, "prefill": PREFILL}
@@ -269,8 +274,8 @@ def main(
     else:
         with cupy.cuda.Stream(non_blocking=True):
             names = stack_names(dtype) if baseline else ["ours"]
-            more = [name for name, asked in (("invariant", batch_invariant), ("precise", precise)) if asked]
-            run_cases(report, wanted, dtype, [*names, *more], replays)
+            asked = {"invariant": batch_invariant, "rest": rest, "precise": precise}
+            run_cases(report, wanted, dtype, [*names, *(name for name, wish in asked.items() if wish)], replays)
     if json_file:
         json_file.write_text(json.dumps(report, indent=1) + "\n")
     if plot and "rows" in report:

@@ -18,6 +18,7 @@ from cupy_attn import kernels, reference
 from cupy_attn.accuracy import BARS, compare_stages
 from cupy_attn.bench import random_layer
 from cupy_attn.demo import k_norm_weight
+from cupy_attn.weights import multiplies_rest
 
 DTYPES = ("float16", "bfloat16")
 SMALL = {"head_dim": 128, "rope_theta": 1e6, "max_position_embeddings": 4096}
@@ -37,7 +38,8 @@ class Small:
 
     512 columns are 8 steps of a product, more than there are buffers for. 130 tokens are several tiles of rows and of
     keys. With ``num_sms`` the kernels are launched as for a GPU of so many multiprocessors: they take the tiles of long
-    prompts, and one block goes through many of them. ``portable``: as for a GPU before Hopper. ``heads`` are query and
+    prompts, and one block goes through many of them. ``portable``: as for a GPU before Hopper. ``rest``: with norm
+    weights for which prefill multiplies what rounding hidden states leaves over. ``heads`` are query and
     KV heads; in decode 16 query heads of one KV head are two tiles. On a Hopper GPU the runs take every specialisation
     that an import builds (test_gpu_report.py).
     """
@@ -53,6 +55,7 @@ class Small:
     window: int | None = None
     stages: bool = False
     batch_invariant: bool = False
+    rest: bool = False
 
     @property
     def shape(self) -> dict[str, int]:
@@ -73,6 +76,7 @@ def small_runs() -> list[Small]:
     crossed = both[0], both[3]
     return [
         *(Small(*kind) for kind in both),  # prefill, chunked prefill, decode of few sequences
+        *(Small(dtype, False, calls=(130, 70), num_sms=n, rest=True) for dtype in DTYPES for n in (2, None)),
         *(Small(*kind, batch=12, calls=(70, 1), num_sms=2) for kind in both),  # decode of many
         *(Small(*kind, batch=12, calls=(20, 1), heads=(16, 1)) for kind in both),
         *(Small(*kind, batch=2, calls=(130, 130, 1), num_sms=2) for kind in both),  # from tile to tile, after a past
@@ -117,10 +121,11 @@ def run_small(run: Small) -> tuple[float, set[str]]:
         raw |= {"use_sliding_window": True, "sliding_window": run.window, "max_window_layers": 0}
     config = ca.AttentionConfig.from_dict(raw)
     rng = np.random.default_rng(0)
-    statistics = (96.5, 3.56, 9.13) if run.precise else (1.5, 1.0, 0.1)
+    statistics = (96.5, 3.56, 9.13) if run.precise else (6.0, 1.0, 0.1) if run.rest else (1.5, 1.0, 0.1)
     weights = dataclasses.replace(random_layer(config), k_norm=k_norm_weight(rng, config.head_dim, *statistics))
     layer = ca.Attention(config, weights, run.dtype, "cuda", batch_invariant=run.batch_invariant)
     assert layer.precise == run.precise
+    assert multiplies_rest(config, layer.weights.q_norm, layer.weights.k_norm) == (run.precise or run.rest)
     backend: Any = layer._backend
     if run.num_sms is not None:
         backend._limits = dataclasses.replace(backend._limits, num_sms=run.num_sms)

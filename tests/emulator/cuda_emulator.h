@@ -630,18 +630,20 @@ inline unsigned char e4m3(float value) {
 
 inline void ptx_griddepcontrol() {}
 inline void ptx_prefetch(const void*) {}
+inline void ptx_nothing() {}
 inline void ptx_nothing(int&) {}
 inline void ptx_nothing(float&) {}
 inline void ptx_nothing(unsigned&) {}
 inline void ptx_fence() {}
-inline void ptx_mad(unsigned& d, unsigned a, unsigned b) {
-    d = static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32) + 256;
-}
 inline void ptx_to_e4m3(unsigned short& pair, float high, float low) {
     pair = static_cast<unsigned short>(emulator::e4m3(high) << 8 | emulator::e4m3(low));
 }
 inline void ptx_atom(int& before, int* place) { before = atomicAdd(place, 1); }
 
+inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32); }
+inline void ptx_store_four(void* to, unsigned a, unsigned b, unsigned c, unsigned d, int valid) {
+    if (valid) *static_cast<uint4*>(to) = make_uint4(a, b, c, d);
+}
 inline void ptx_policy(unsigned long long& policy) { policy = 1; }
 inline void ptx_cp_async(unsigned to, const void* from, int bytes, int valid, unsigned long long = 0) {
     using namespace emulator;
