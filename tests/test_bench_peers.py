@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import json
 import sys
 import types
@@ -92,8 +94,23 @@ def test_a_stack_makes_layers_of_its_kind(monkeypatch, cls):
     monkeypatch.setattr(ca, "Attention", attention)
     with pytest.raises(InterruptedError):
         cls(CASE, "float16", 1)
-    thresholds = {stacks.WithRest: 12.0, stacks.OnPrecisePath: 0.1}
-    assert made == [(thresholds.get(cls, CASE.config.precise_threshold), cls is stacks.InAnyBatch)]
+    threshold = CASE.config.precise_threshold if cls.path is None else stacks.THRESHOLDS[cls.path]
+    assert made == [(threshold, cls is stacks.InAnyBatch)]
+
+
+@pytest.mark.parametrize("path", [None, *stacks.THRESHOLDS])
+def test_a_layer_is_on_the_path_that_it_is_timed_for(monkeypatch, path):
+    weights = stacks.layer_weights("0.6B", "float16", 0)
+    monkeypatch.setattr(ca, "Attention", functools.partial(on_the_cpu, ca.Attention))
+    assert stacks.layer_on(path, CASE.config, weights, "float16").precise is (path == "precise")
+    large = dataclasses.replace(weights, k_norm=8 * weights.k_norm)
+    with pytest.raises(AssertionError):
+        stacks.layer_on("rest" if path is None else None, CASE.config, large, "float16")
+
+
+def on_the_cpu(attention, config, weights, dtype, _device, **options):
+    """Make a layer where there is no GPU."""
+    return attention(config, weights, dtype, "cpu", **options)
 
 
 @pytest.mark.parametrize(

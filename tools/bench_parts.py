@@ -28,12 +28,12 @@ import numpy as np
 from bench_peers import reason, release
 from separate_ops import Cublas
 from stacks import (
-    THRESHOLDS,
     WARM_UPS,
     Case,
     captured,
     check_gpu,
     event_us,
+    layer_on,
     layer_weights,
     machine,
     median_us,
@@ -100,13 +100,8 @@ def prompts(texts: Sequence[str]) -> list[Case]:
 
 @functools.lru_cache(maxsize=2)
 def layer_of(model: str, dtype: str, path: str | None = None) -> ca.Attention:
-    """Return a layer whose norm weights are near one, or that does what larger ones need: see ``stacks.THRESHOLDS``."""
-    config = model_config(model)
-    if path is not None:
-        config = dataclasses.replace(config, precise_threshold=THRESHOLDS[path])
-    layer = ca.Attention(config, layer_weights(model, dtype, 0), dtype, "cuda")
-    assert layer.precise is (path == "precise")
-    return layer
+    """Return the layer that is timed: see ``stacks.layer_on``."""
+    return layer_on(path, model_config(model), layer_weights(model, dtype, 0), dtype)
 
 
 def hidden_states(case: Case, dtype: str) -> Any:
@@ -163,6 +158,7 @@ def layer_us(layer: ca.Attention, x: Any, *, lengths: Sequence[int] | None = Non
     return float(np.median(times[WARM_UPS:]))
 
 
+@functools.cache
 def product_us(rows: int, columns: int, inner: int, dtype: str) -> float:
     """Time x [M, K] W [N, K]^T alone: PyTorch's if it is there, which brings its own cuBLAS, or CuPy's cuBLAS."""
     x, w = noise(dtype, (rows, inner), 1), noise(dtype, (columns, inner), 2)
@@ -313,9 +309,8 @@ PARTS = {
         "The precise path beside the normal one, float16",
         lambda: measure_paths(prompts(PATHS)),
         (("case", "case", ""), ("attention, normal us", "normal_attention_us", ".1f"),
-         ("precise us", "precise_attention_us", ".1f"),
-         ("layer, normal us", "normal_layer_us", ".1f"), ("with larger norms us", "rest_layer_us", ".1f"),
-         ("precise us", "precise_layer_us", ".1f"),
+         ("attention, precise us", "precise_attention_us", ".1f"), ("layer, normal us", "normal_layer_us", ".1f"),
+         ("layer, larger norms us", "rest_layer_us", ".1f"), ("layer, precise us", "precise_layer_us", ".1f"),
          ("attention, precise / normal", "attention_ratio", ".2f"), ("layer, precise / normal", "layer_ratio", ".2f")),
     ),
     "chunks": Part(

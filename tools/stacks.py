@@ -31,6 +31,7 @@ from cupy_attn.arrays import storage_dtype
 from cupy_attn.bench import MODELS, model_config, random_layer
 from cupy_attn.errors import FileError
 from cupy_attn.plots import ROOFLINE, Curve, Panel, check_plot, speed_plot
+from cupy_attn.weights import multiplies_rest
 
 WORKING_SET = 256 << 20
 MIN_LAYERS, MAX_LAYERS = 8, 28  # with fewer, the start of a graph is a good part of a layer's time
@@ -158,6 +159,18 @@ def layer_weights(model: str, dtype: str, index: int) -> ca.AttentionWeights:
     )  # fmt: skip
 
 
+def layer_on(
+    path: str | None, config: ca.AttentionConfig, weights: ca.AttentionWeights, dtype: str, **options: Any
+) -> ca.Attention:
+    """Return a layer that does what norm weights near one ask for, or with a path what larger ones do: THRESHOLDS."""
+    if path is not None:
+        config = dataclasses.replace(config, precise_threshold=THRESHOLDS[path])
+    layer = ca.Attention(config, weights, dtype, "cuda", **options)
+    rest = multiplies_rest(config, layer.weights.q_norm, layer.weights.k_norm)
+    assert (layer.precise, rest) == (path == "precise", path is not None)
+    return layer
+
+
 @functools.lru_cache(maxsize=2)
 def noise_bits(dtype: str) -> Any:
     """Return the bits of some random normals; their count is odd, so that rows do not repeat."""
@@ -239,12 +252,9 @@ class Ours(Stack):
 
     def __init__(self, case: Case, dtype: str, layers: int) -> None:
         super().__init__(case, dtype, layers)
-        config = case.config
-        if self.path is not None:
-            config = dataclasses.replace(config, precise_threshold=THRESHOLDS[self.path])
         self._layers = [
-            ca.Attention(config, layer_weights(case.model, dtype, i), dtype, "cuda",
-                         batch_invariant=self.batch_invariant)
+            layer_on(self.path, case.config, layer_weights(case.model, dtype, i), dtype,
+                     batch_invariant=self.batch_invariant)
             for i in range(layers)
         ]  # fmt: skip
         self._caches = [layer.new_cache(case.batch, case.tokens + ROOM) for layer in self._layers]
