@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import warnings
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from . import kernels, launch, wgmma
@@ -18,8 +16,8 @@ from .errors import ConfigError, InputError, SlowPathWarning
 from .kernels import Macros
 from .launch import CALL, Launch, Limits, Shape
 from .launcher import Launcher
+from .operands import Operands
 from .plan import Plan
-from .rope import inverse_frequencies
 from .separate import SeparateOps
 from .steps import Step
 from .tensor_maps import tensor_map
@@ -27,20 +25,16 @@ from .weights import AttentionWeights, multiplies_rest, takes_precise_path
 from .workspace import workspace_of
 
 MIN_CAPABILITY = (8, 0)
-# Powers of two bring the largest value an operand can have just below 2^OPERAND_BITS, half of float16's range. The
-# values of v keep more room: a cache can hold some that these weights did not make.
-OPERAND_BITS, VALUE_BITS = 15, 11
-# The same of 8-bit weights of K; and what storage.cuh multiplies their operands by.
-REST_BITS, E4M3_SCALE = 8, 32.0
 PREFILL_STAGES = (
     "input_norm", "q", "k", "v", "q_norm", "k_norm", "q_rope", "k_rope", "row_max", "lse", "attention", "output",
 )  # fmt: skip
+NOTE_WORDS = 4  # of call.cuh's struct Note
 # Sequences and tokens of each for which decode kernels are listed: most kinds.
 DECODES = ((1, 1), (8, 1), (12, 1), (64, 1), (1, 2), (1, 16))
 # Fields of the call that a tensor map is made of.
 MAPPED = (
-    "hidden", "qkv_proj", "k_proj", "q", "k", "v", "v_cache", "attention", "o_proj", "batch", "seq", "capacity",
-    "scratch_capacity",
+    "x", "hidden", "qkv_proj", "folded_proj", "k_proj", "q", "k", "v", "v_cache", "attention", "o_proj", "batch", "seq",
+    "capacity", "scratch_capacity",
 )  # fmt: skip
 
 
@@ -99,6 +93,7 @@ def specialisations(
         gpu = limits(cupy.cuda.Device().id)
         decoding = [gpu]
     shape = Shape(dtype.name, config.head_dim, precise, windowed, float32_angles=False)
+    shapes = [shape, dataclasses.replace(shape, folded=True)] if wgmma.can_fold(shape, gpu) else [shape]
     # Rows of many prompts: what tiles a product takes goes by how they fill the GPU.
     prompts = [(gpu, rows) for n in range(17) for rows in (1 << n, 3 << n)]
     if gpu.wgmma:  # few tokens and stages still take the kernels of other GPUs
@@ -107,7 +102,8 @@ def specialisations(
         *(
             one
             for offered, rows in prompts
-            for one in wgmma.prefill(config, shape, offered, 1, rows, past_tiles=0, collect=False)
+            for folded in shapes
+            for one in wgmma.prefill(config, folded, offered, 1, rows, past_tiles=0, collect=False)
         ),
         *(
             one
@@ -117,94 +113,6 @@ def specialisations(
         ),
     ]
     return list(dict.fromkeys((one.name, one.macros) for one in launches))
-
-
-def _power_of_two(largest: float, bits: int) -> float:
-    """Return the power of two that brings ``largest`` into [2^(bits - 1), 2^bits)."""
-    return 2.0 ** (bits - math.frexp(largest)[1]) if largest > 0 and math.isfinite(largest) else 1.0
-
-
-class _Weights:
-    """One layer's weights as the kernels read them: float16 products, float32 norms, powers of two folded in."""
-
-    def __init__(
-        self, config: AttentionConfig, weights: AttentionWeights, *, angles: str, multiplies_rest: bool
-    ) -> None:
-        import cupy
-
-        wide = {name: tensor.astype(np.float32) for name, tensor in weights.tensors().items()}
-        hidden_bound = math.sqrt(config.hidden_size) * float(np.abs(wide["input_norm"]).max())
-        hidden_scale = _power_of_two(hidden_bound, OPERAND_BITS)
-        self.input_norm = cupy.asarray(wide["input_norm"] * np.float32(hidden_scale))
-
-        def operand(name: str) -> tuple[Any, float]:
-            tensor = getattr(weights, name)
-            if tensor.dtype == np.float16:
-                return cupy.asarray(np.ascontiguousarray(tensor)), 1.0
-            scale = _power_of_two(float(np.abs(wide[name]).max()), OPERAND_BITS)
-            return cupy.asarray((wide[name] * np.float32(scale)).astype(np.float16)), scale
-
-        self.qkv_proj, qkv_scale = operand("qkv_proj")
-        self.o_proj, o_scale = operand("o_proj")
-        k_rows = wide["qkv_proj"][config.q_size : config.q_size + config.kv_size]
-        rest_scale = _power_of_two(float(np.abs(k_rows).max()), REST_BITS)
-        self.k_proj = None
-        if multiplies_rest:
-            k_rest = (k_rows * np.float32(rest_scale)).astype(ml_dtypes.float8_e4m3fn)
-            self.k_proj = cupy.asarray(k_rest.view(np.uint8))
-        v_rows = wide["qkv_proj"][config.q_size + config.kv_size :]
-        v_bias = wide["qkv_bias"][config.q_size + config.kv_size :] if "qkv_bias" in wide else np.zeros(1, np.float32)
-        v_bound = hidden_bound * float(np.linalg.norm(v_rows, axis=1).max()) + float(np.abs(v_bias).max())
-        self.v_scale = 1.0 if weights.dtype == np.float16 else _power_of_two(v_bound, VALUE_BITS)
-
-        _, factor = inverse_frequencies(config, angles=angles)
-        norms: dict[str, tuple[np.ndarray, float]] = {}
-        for name in ("q_norm", "k_norm"):
-            bound = math.sqrt(config.head_dim) * float(np.abs(wide[name]).max()) * factor
-            scale = _power_of_two(bound, OPERAND_BITS)
-            norms[name] = wide[name] * np.float32(factor * scale), scale
-        (q_norm, q_scale), (k_norm, k_scale) = norms["q_norm"], norms["k_norm"]
-        self.q_norm, self.k_norm = cupy.asarray(q_norm), cupy.asarray(k_norm)
-        self.k_turns = None if angles == "float32" else cupy.asarray(_turns(config, k_norm))
-        self.qkv_bias = None if "qkv_bias" not in wide else cupy.asarray(wide["qkv_bias"])
-        self.o_bias = None if "o_bias" not in wide else cupy.asarray(wide["o_bias"])
-        self.frequency = cupy.asarray(_frequencies(config, angles))
-        self.scalars = {
-            "qkv_scale": hidden_scale * qkv_scale, "qkv_unscale": 1 / (hidden_scale * qkv_scale),
-            "o_unscale": 1 / (o_scale * self.v_scale), "rest_unscale": qkv_scale / (rest_scale * E4M3_SCALE),
-            "score_scale": math.log2(math.e) / math.sqrt(config.head_dim) / q_scale / k_scale, "v_scale": self.v_scale,
-            "hidden_unscale": 1 / hidden_scale, "q_norm_unscale": 1 / (factor * q_scale), "q_rope_unscale": 1 / q_scale,
-            "k_norm_unscale": 1 / (factor * k_scale), "k_rope_unscale": 1 / k_scale,
-        }  # fmt: skip
-        cupy.cuda.get_current_stream().synchronize()  # kernels of any stream read these without waiting
-
-    def pointers(self) -> dict[str, int]:
-        """Return the address of every array the kernels read."""
-        return {name: array.data.ptr for name, array in vars(self).items() if hasattr(array, "data")}
-
-
-def _frequencies(config: AttentionConfig, angles: str) -> np.ndarray:
-    """Return each pair's frequency as rope.cuh reads it, [D/2] uint64."""
-    inv_freq, _ = inverse_frequencies(config, angles=angles)
-    if angles == "float32":
-        return inv_freq.view(np.uint32).astype(np.uint64) << np.uint64(32)
-    turns = inv_freq / (2 * np.pi)
-    return np.array([int(turn * 2**64) % 2**64 for turn in turns.tolist()], np.uint64)
-
-
-def _turns(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:
-    """Return what attend_decode.cu multiplies normalised keys with, [DECODE_TILE, D/2, 4] float32.
-
-    Of key ``offset`` of a tile and a pair of dims, w its two weights: w_low cos, w_high sin, w_high cos, w_low sin. Odd
-    offsets have neighbouring pairs in opposite order, as the kernel reads them.
-    """
-    inv_freq, _ = inverse_frequencies(config, angles="float64")
-    angles = np.arange(launch.DECODE_TILE)[:, None] * inv_freq
-    low, high = np.split(k_norm.astype(np.float64), 2)
-    cos, sin = np.cos(angles), np.sin(angles)
-    turns = np.stack([low * cos, high * sin, high * cos, low * sin], axis=-1)
-    turns[1::2] = turns[1::2].reshape(-1, inv_freq.size // 2, 2, 4)[:, :, ::-1].reshape(-1, inv_freq.size, 4)
-    return np.ascontiguousarray(turns, np.float32)
 
 
 class CudaBackend:
@@ -272,7 +180,11 @@ class CudaBackend:
             )
         rest = wgmma.can_multiply_rest(self._shape, self._limits)
         rest = rest and multiplies_rest(config, weights.q_norm, weights.k_norm)
-        self._ready = None if why is not None else _Weights(config, weights, angles=angles, multiplies_rest=rest)
+        folded = why is None and not rest and wgmma.can_fold(self._shape, self._limits)
+        self._shape = dataclasses.replace(self._shape, folded=folded)
+        self._ready = None
+        if why is None:
+            self._ready = Operands(config, weights, angles=angles, multiplies_rest=rest, folded=folded)
         self._launches: dict[Any, list[Launch]] = {}
         self._launchers: dict[Launch, Launcher] = {}
         self._call = np.zeros(1, CALL)
@@ -318,8 +230,12 @@ class CudaBackend:
         y, keep = self._prepare(plan, cache, launches, scratch, past_tiles, capturing=capturing, decode=decode)
         stream, call = self.xp.cuda.get_current_stream(), self._call.copy()
         bound = [self._launcher(one).bind(call, stream, self._maps(one, call)) for one in launches]
-        for run in bound:
-            run()
+        try:
+            for run in bound:
+                run()
+        except BaseException:
+            workspace_of(self._device, stream.ptr).drop("notes")  # it takes the last kernel to make them old
+            raise
         del keep
         if decode and plan.seq == 1 and plan.counting_on and plan.unpadded and not capturing and not cache.captured:
             cache.step = Step(self, call, bound, stream.ptr, workspace_of(self._device, stream.ptr), y.shape, y.dtype,
@@ -372,9 +288,11 @@ class CudaBackend:
         qkv_proj = call["qkv_proj"], config.hidden_size, config.q_size + 2 * config.kv_size
         o_proj = call["o_proj"], config.q_size, config.hidden_size
         matrices = {
+            "x": (call["x"], config.hidden_size, rows),
             "hidden": (call["hidden"], wgmma.hidden_columns(config, self._shape), rows),
             "hidden_parts": (call["hidden"], launch.HIDDEN_PARTS * config.hidden_size, rows),
             "qkv_proj": qkv_proj,
+            "folded_proj": (call["folded_proj"], *qkv_proj[1:]),
             "qkv_rows": qkv_proj,
             # Or, where there is none and nothing is copied, of something else.
             "k_proj": (call["k_proj"] or call["qkv_proj"], config.hidden_size // 2, config.kv_size),
@@ -423,9 +341,11 @@ class CudaBackend:
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
         buffers: dict[str, tuple[tuple[int, ...], Any]] = {
             "rows": ((batch * seq, 2), np.int32),
-            "hidden": ((batch * seq, launch.HIDDEN_PARTS, config.hidden_size), np.float16),
             "attention": ((batch * seq, heads * dim), np.float16),
         }
+        noted = any("x" in dict(one.boxes) for one in launches)
+        if not noted:
+            buffers["hidden"] = (batch * seq, launch.HIDDEN_PARTS, config.hidden_size), np.float16
         counts = [launch.ready_counters(batch * seq)]
         if decode:
             attend = next(one for one in launches if one.name == "attend_decode")
@@ -442,15 +362,19 @@ class CudaBackend:
                 buffers["v"] = (batch, kv_heads, scratch, dim), np.float16
         scratch_arrays = {name: workspace.take(name, size, dtype, capturing=capturing)
                           for name, (size, dtype) in buffers.items()}  # fmt: skip
-        counters = workspace.take("counters", (max(counts),), np.int32, capturing=capturing, zeroed=True)
+        zeroed = {"counters": workspace.take("counters", (max(counts),), np.int32, capturing=capturing, zeroed=True)}
+        self._set(notes=0)
+        if noted:
+            size = 1 + batch * seq, NOTE_WORDS
+            zeroed["notes"] = workspace.take("notes", size, np.int32, capturing=capturing, zeroed=True)
         self._set(
             x=x.data.ptr, residual=0 if residual is None else residual.data.ptr, y=y.data.ptr,
             positions=0 if plan.counting_on else integers(plan.positions),
             num_tokens=0 if plan.unpadded else integers(plan.num_tokens),
             k_cache=cache.k_heads.data.ptr, v_cache=cache.v_heads.data.ptr, lengths=cache.device_lengths.data.ptr,
             cached_positions=cache.device_positions.data.ptr, fault=cache.device_fault.data.ptr,
-            counters=counters.data.ptr, batch=batch, seq=seq, capacity=cache.capacity, scratch_capacity=scratch,
-            past_tiles=past_tiles, **{name: array.data.ptr for name, array in scratch_arrays.items()},
+            batch=batch, seq=seq, capacity=cache.capacity, scratch_capacity=scratch, past_tiles=past_tiles,
+            **{name: array.data.ptr for name, array in (scratch_arrays | zeroed).items()},
         )  # fmt: skip
         if plan.stages is not None:
             self._collect(plan)

@@ -30,19 +30,19 @@ PAST_ROWS = 64  # prepare_past.cuh: cached keys, in what a call says of them
 HIDDEN_PARTS = 2  # project.cuh: float16 numbers that hold one normalised hidden state
 
 _POINTERS = (
-    "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "o_proj", "k_proj", "input_norm", "q_norm",
-    "k_norm", "qkv_bias", "o_bias", "frequency", "k_turns", "k_cache", "v_cache", "lengths", "cached_positions",
-    "fault", "rows", "hidden", "q", "k", "v", "attention", "qkv", "partial", "counters", "stage_input_norm", "stage_q",
-    "stage_k", "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope", "stage_row_max", "stage_lse",
-    "stage_attention", "stage_output",
+    "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "folded_proj", "o_proj", "k_proj", "input_norm",
+    "q_norm", "k_norm", "qkv_bias", "o_bias", "frequency", "k_turns", "k_cache", "v_cache", "lengths",
+    "cached_positions", "fault", "rows", "notes", "hidden", "q", "k", "v", "attention", "qkv", "partial", "counters",
+    "stage_input_norm", "stage_q", "stage_k", "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope",
+    "stage_row_max", "stage_lse", "stage_attention", "stage_output",
 )  # fmt: skip
 _INTEGERS = (
     "batch", "seq", "hidden_size", "num_q_heads", "num_kv_heads", "capacity", "scratch_capacity", "past_tiles",
     "max_position", "window",
 )  # fmt: skip
 _FLOATS = (
-    "eps", "qkv_scale", "qkv_unscale", "o_unscale", "rest_unscale", "score_scale", "v_scale", "hidden_unscale",
-    "q_norm_unscale", "q_rope_unscale", "k_norm_unscale", "k_rope_unscale",
+    "eps", "qkv_scale", "qkv_unscale", "folded_rescale", "o_unscale", "rest_unscale", "score_scale", "v_scale",
+    "hidden_unscale", "q_norm_unscale", "q_rope_unscale", "k_norm_unscale", "k_rope_unscale",
 )  # fmt: skip
 CALL = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
@@ -76,8 +76,8 @@ RESERVED_SMEM = 1024  # of every block, by the driver (CUDA C++ Programming Guid
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """What the kernels are specialised for: storage dtype, head_dim, precise scores, window, angles; and whether the
-    bits of a sequence may depend on the others of the batch.
+    """What the kernels are specialised for: storage dtype, head_dim, precise scores, window, angles; whether the bits
+    of a sequence may depend on the others of the batch; whether there is a Wqkv with the input norm's weight in it.
     """
 
     dtype: str
@@ -86,6 +86,7 @@ class Shape:
     windowed: bool
     float32_angles: bool
     batch_invariant: bool = False
+    folded: bool = False
 
     @property
     def parts(self) -> int:

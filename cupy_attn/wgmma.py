@@ -22,6 +22,7 @@ CLUSTER = 2  # blocks that share what they copy of W
 LEAST_ROWS, LEAST_QUERIES = 64, 128  # of a call, of a sequence: fewer leave most of a tile empty
 STAGES = 2  # attend_wgmma.cu
 TABLES = 2 * HEAD_DIM * 4 + HEAD_DIM // 2 * 8  # finish_heads.cuh: norms' weights and frequencies, in bytes
+NOTES = 2 * 8 * 4 * 32 * 8 * 2  # row_notes.cuh: rows of two warps, in bytes
 PAST_ROWS_A_WARP = 8
 ALIGNMENT = 1024  # of dynamic shared memory; what is static takes no more than that
 # gemm_few_wgmma.cuh: tokens of a warpgroup, and how many warpgroups share W; rows of W of a cluster, at most as many as
@@ -57,6 +58,11 @@ def can_multiply_rest(shape: Shape, limits: Limits) -> bool:
     return limits.wgmma and shape.head_dim == HEAD_DIM and not shape.precise
 
 
+def can_fold(shape: Shape, limits: Limits) -> bool:
+    """Return whether prefill can multiply x as it is by a Wqkv that has the input norm's weight in it."""
+    return limits.wgmma and shape.head_dim == HEAD_DIM and not shape.precise and shape.dtype == "float16"
+
+
 def hidden_columns(config: AttentionConfig, shape: Shape) -> int:
     """Return what a row of ``hidden`` is long, in float16: H numbers, and what rounding left over, of 8 bits or 16."""
     return config.hidden_size * (4 if shape.precise else 3) // 2
@@ -86,11 +92,11 @@ def _project(
 def project_qkv(config: AttentionConfig, shape: Shape, limits: Limits, rows: int, past: int) -> Launch:
     """Launch of ``project_qkv_wgmma.cu`` for ``rows`` rows of x and ``past`` cached keys of all heads."""
     warps = -(-past // PAST_ROWS_A_WARP)
+    boxes = ("x", "folded_proj") if shape.folded else ("hidden", "qkv_proj", *(() if shape.precise else ("k_proj",)))
     return _project("project_qkv_wgmma", shape, limits, rows, config.q_size + 2 * config.kv_size,
-                    (128,) if shape.precise else (256, 128),
-                    ("hidden", "qkv_proj") if shape.precise else ("hidden", "qkv_proj", "k_proj"),
-                    least=-(-warps // (THREADS // 32)), tables=TABLES,
-                    FLOAT32_ANGLES=shape.float32_angles and 1)  # fmt: skip
+                    (128,) if shape.precise else (256, 128), boxes, least=-(-warps // (THREADS // 32)),
+                    tables=TABLES + (NOTES if shape.folded else 0), FLOAT32_ANGLES=shape.float32_angles and 1,
+                    FOLDED=shape.folded and 1)  # fmt: skip
 
 
 def attend(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int) -> Launch:
@@ -122,7 +128,8 @@ def prefill(
     ahead = []
     if projects(config, shape, limits, seq if shape.batch_invariant else rows, collect=collect):
         past = past_tiles * launch.PAST_ROWS * batch * config.num_key_value_heads
-        ahead = [launch.normalise_rows(config, shape, rows, rest="__half" if shape.precise else "E4M3")]
+        if not shape.folded:
+            ahead = [launch.normalise_rows(config, shape, rows, rest="__half" if shape.precise else "E4M3")]
         first, last = project_qkv(config, shape, limits, rows, past), project_output(config, shape, limits, rows)
     if attends(shape, limits, seq, collect=collect):
         middle = attend(config, shape, limits, batch, seq)

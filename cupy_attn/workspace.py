@@ -17,6 +17,7 @@ class Workspace:
     def __init__(self) -> None:
         self.generation = 0  # goes up whenever a buffer moves
         self._buffers: dict[str, Any] = {}
+        self._zeroed: set[str] = set()
         self._kept: list[Any] = []
 
     def take(self, name: str, shape: tuple[int, ...], dtype: Any, *, capturing: bool, zeroed: bool = False) -> Any:
@@ -25,7 +26,7 @@ class Workspace:
         Parameters
         ----------
         name : str
-            Which one; ``zeroed`` ones are zero when made and left so by every kernel.
+            Which one; ``zeroed`` ones are zero when made, and what kernels leave in them stays.
         shape, dtype
             Of the array.
         capturing : bool
@@ -39,14 +40,20 @@ class Workspace:
         if buffer is None or buffer.nbytes < nbytes:
             buffer = self._buffers[name] = (cupy.zeros if zeroed else cupy.empty)(nbytes, np.uint8)
             self.generation += 1
+            if zeroed:
+                self._zeroed.add(name)
         if capturing and not any(kept is buffer for kept in self._kept):
             self._kept.append(buffer)
         return buffer[:nbytes].view(dtype).reshape(shape)
 
+    def drop(self, name: str) -> None:
+        """Forget a buffer, so that the next one is new: a call ended halfway and left it in no known state."""
+        self._buffers.pop(name, None)
+
     def poison(self) -> None:
         """Fill every buffer that kernels must write before they read with 0xff bytes: NaN, for tests."""
         for name, buffer in self._buffers.items():
-            if name != "counters":
+            if name not in self._zeroed:
                 buffer.fill(0xFF)
 
 

@@ -7,6 +7,13 @@
 
 static_assert(HEAD_DIM % 16 == 0 && HEAD_DIM <= 256, "head_dim must be a multiple of 16, at most 256");
 
+// What all blocks of project_qkv_wgmma must know of a row of x (row_notes.cuh); the first note has the number of the last call.
+struct alignas(16) Note {
+    float factor;
+    int slot, position;  // as in Call's rows
+    unsigned number;     // of the call
+};
+
 struct Call {
     // The caller's.
     const STORAGE* x;         // [B, S, H]
@@ -16,6 +23,7 @@ struct Call {
     const int* num_tokens;    // [B], or null: S each
     // Weights. Powers of two that keep everything within float16 are in them already and come out in the epilogues.
     const __half* qkv_proj;               // [(Hq + 2 Hkv) D, H]
+    const __half* folded_proj;            // the same times the input norm's weight, or null
     const __half* o_proj;                 // [H, Hq D]
     const unsigned char* k_proj;          // [Hkv D, H], E4M3: those of K times a power of two; null where nothing needs it
     const float* input_norm;              // [H]
@@ -33,6 +41,7 @@ struct Call {
     int* fault;             // [1], set if a replayed graph runs past the cache or the model's positions
     // Scratch, shared by the layers of a stream.
     int2* rows;         // [B S], x: place in the cache, or PADDING, or FAULT; y: position
+    Note* notes;        // [1 + B S] or null, zero when made
     __half* hidden;     // [B S, 2 parts, H]; the second may be E4M3, and a row so much shorter
     __half* q;          // [PARTS, B S, Hq, D]
     __half* k;          // [PARTS, B, Hkv, scratch_capacity, D]
@@ -66,6 +75,7 @@ struct Call {
     int window;        // largest difference of positions a query sees, plus one
     float eps;         // rms_norm_eps, in units of x^2
     float qkv_scale, qkv_unscale;  // of products, to and from float16's range
+    float folded_rescale;          // of those of folded_proj, to qkv_scale
     float o_unscale;
     float rest_unscale;  // of products of E4M3
     float score_scale;  // from q' k'^T to base-2 logarithms of weights
@@ -147,16 +157,19 @@ __device__ __forceinline__ Sequence sequence(const Call& call, int b) {
     return s;
 }
 
-// Describe row m of x, which is of sequence s, for the kernels that follow, and note its position in the cache; return what is in call.rows then.
-__device__ __forceinline__ int2 describe_row(const Call& call, int m, const Sequence& s) {
+// What call.rows should say of row m of x, which is of sequence s.
+__device__ __forceinline__ int2 place_of_row(const Call& call, int m, const Sequence& s) {
     const int b = m / call.seq, t = m % call.seq;
-    if (t < s.count) {
-        const int slot = s.past + t, position = new_position(call, b, s, t);
-        positions_of(call, b)[slot] = position;
-        return call.rows[m] = make_int2(slot, position);
-    }
+    if (t < s.count) return make_int2(s.past + t, new_position(call, b, s, t));
     const bool is_token = call.num_tokens == nullptr || t < __ldcg(call.num_tokens + b);
-    return call.rows[m] = make_int2(s.fault && is_token ? FAULT : PADDING, 0);
+    return make_int2(s.fault && is_token ? FAULT : PADDING, 0);
+}
+
+// Say so, for the kernels that follow, and note the row's position in the cache; return it as well.
+__device__ __forceinline__ int2 describe_row(const Call& call, int m, const Sequence& s) {
+    const int2 place = place_of_row(call, m, s);
+    if (place.x >= 0) positions_of(call, m / call.seq)[place.x] = place.y;
+    return call.rows[m] = place;
 }
 
 // Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more.
@@ -164,6 +177,7 @@ __device__ __forceinline__ void advance_length(const Call& call, int b) {
     const Sequence s = sequence(call, b);
     if (s.fault) *call.fault = 1;
     call.lengths[b] = s.past + s.count;
+    if (b == 0 && call.notes != nullptr) ++call.notes->number;
 }
 
 __device__ __forceinline__ void advance_lengths(const Call& call) {

@@ -6,7 +6,14 @@
 #pragma once
 #include "gemm_wgmma.cuh"
 #include "rope.cuh"
+#include "row_notes.cuh"
 #include "storage.cuh"
+
+#ifdef FOLDED
+constexpr bool HAS_NOTES = true;
+#else
+constexpr bool HAS_NOTES = false;
+#endif
 
 constexpr int HEADS_A_TILE = BLOCK_N / HEAD_DIM;
 constexpr int VECTORS = HEAD_DIM / (4 * VECTOR);  // of a thread: every fourth of a head's; two rotate with the other two
@@ -33,15 +40,49 @@ struct Tables {
 // A thread's rows of a tile, m and m + 8.
 struct Rows {
     int m[2];
-    int2 place[2];  // what call.rows says of them
+    int2 place[2];       // what call.rows says of them
+    float factor[2];     // of their products
+    unsigned number[2];  // of the call that their notes are of
 
     __device__ __forceinline__ void load(const Call& call, int first) {
         const int num_rows = call.batch * call.seq;
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             m[half] = first + 8 * half;
-            place[half] = m[half] < num_rows ? __ldcg(call.rows + m[half]) : make_int2(PADDING, 0);
+            if constexpr (HAS_NOTES) {
+                const Note note = notes::read(notes::of_row(call, min(m[half], num_rows - 1)));
+                place[half] = make_int2(note.slot, note.position), factor[half] = note.factor;
+                number[half] = note.number;
+            } else {
+                place[half] = m[half] < num_rows ? __ldcg(call.rows + m[half]) : make_int2(PADDING, 0);
+                factor[half] = 1.0f;
+            }
         }
+    }
+
+    // Wait a little for what had not been noted when they were loaded, then work it out, row after row: the blocks that
+    // should have may not run before this one ends. All lanes of a warp do this.
+    __device__ __forceinline__ void complete(const Call& call, unsigned wanted) {
+        constexpr int PATIENCE = 32;
+        const int num_rows = call.batch * call.seq;
+        auto lacks = [&](int half) { return m[half] < num_rows && number[half] != wanted; };
+        unsigned lacking;
+#pragma unroll 1
+        for (int i = 0; (lacking = __ballot_sync(0xffffffffu, lacks(0) || lacks(1))) != 0; ++i) {
+            if (i < PATIENCE) {
+                load(call, m[0]);
+                continue;
+            }
+            const int row = __shfl_sync(0xffffffffu, lacks(0) ? m[0] : m[1], __ffs(lacking) - 1);
+            const Note note = notes::work_out(call, row);
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                if (m[half] == row)
+                    place[half] = make_int2(note.slot, note.position), factor[half] = note.factor, number[half] = wanted;
+        }
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+            if (m[half] >= num_rows) place[half].x = PADDING;
     }
 };
 
@@ -121,12 +162,12 @@ __device__ __forceinline__ void store_rotated(Head& head, const Turns& turns, co
 
 // One row of a head, number `number` of queries, keys and values.
 __device__ __forceinline__ void finish_head(const Call& call, const Tables& tables, Head& head, const Turns& turns, int m, int slot,
-                                            int number) {
+                                            float factor, int number) {
     const bool valid = slot >= 0;
     if (number < call.num_q_heads) {
         __half* const row = call.q + (static_cast<long long>(m) * call.num_q_heads + number) * HEAD_DIM;
         const long long part = static_cast<long long>(call.batch) * call.seq * call.num_q_heads * HEAD_DIM;
-        const float eps = call.eps * call.qkv_scale * call.qkv_scale;  // in units of the sums as they are
+        const float scale = __fdividef(call.qkv_scale, factor), eps = call.eps * scale * scale;  // in units of the sums as they are
         store_rotated(head, turns, tables.norms[0], eps, row, part, valid);
         return;
     }
@@ -135,7 +176,7 @@ __device__ __forceinline__ void finish_head(const Call& call, const Tables& tabl
     const long long of_all = static_cast<long long>(call.batch == 1 ? 0 : m / call.seq) * call.num_kv_heads + kv_head;
     const long long scratch = (of_all * call.scratch_capacity + slot) * HEAD_DIM;
     STORAGE* const cached = (is_key ? call.k_cache : call.v_cache) + (of_all * call.capacity + slot) * HEAD_DIM;
-    store_to_cache(head, call.qkv_unscale, cached, valid);
+    store_to_cache(head, call.qkv_unscale * factor, cached, valid);
     if (is_key) {
         const long long part = static_cast<long long>(call.batch) * call.num_kv_heads * call.scratch_capacity * HEAD_DIM;
         store_rotated(head, turns, tables.norms[1], call.eps, call.k + scratch, part, valid);
@@ -158,6 +199,7 @@ __device__ __forceinline__ void finish_tile(const Call& call, const Tables& tabl
     for (int piece = 0; piece < 2 * HEADS_A_TILE; ++piece) {
         const int half = piece / HEADS_A_TILE, number = first_head + piece % HEADS_A_TILE;
         const int2 place = half ? rows.place[1] : rows.place[0];
+        const float factor = half ? rows.factor[1] : rows.factor[0];
         if (number >= num_heads) continue;
         if (piece % HEADS_A_TILE == 0 && number < num_rotated) {
 #pragma unroll
@@ -178,14 +220,15 @@ __device__ __forceinline__ void finish_tile(const Call& call, const Tables& tabl
             else take_sums<HEADS_A_TILE - 1, 1>(sums, head);
         }
         if (call.qkv_bias != nullptr) {
+            const float scale = __fdividef(call.qkv_scale, factor);
 #pragma unroll
             for (int v = 0; v < VECTORS; ++v) {
                 float bias[VECTOR];
                 load8(call.qkv_bias + number * HEAD_DIM + dim_of(v), bias);
 #pragma unroll
-                for (int i = 0; i < VECTOR; ++i) head[v][i] = fmaf(bias[i], call.qkv_scale, head[v][i]);
+                for (int i = 0; i < VECTOR; ++i) head[v][i] = fmaf(bias[i], scale, head[v][i]);
             }
         }
-        finish_head(call, tables, head, turns, half ? rows.m[1] : rows.m[0], place.x, number);
+        finish_head(call, tables, head, turns, half ? rows.m[1] : rows.m[0], place.x, factor, number);
     }
 }

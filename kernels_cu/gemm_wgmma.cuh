@@ -15,7 +15,6 @@ constexpr int THREADS = WARPGROUP * (1 + CONSUMERS);
 constexpr int BLOCK_M = 64 * CONSUMERS;
 constexpr int BLOCK_K = TILE_COLUMNS;
 constexpr int STAGES = GEMM_STAGES;
-constexpr int VEC = 8;
 constexpr int BOX_ROWS = BLOCK_N / CLUSTER < 128 ? BLOCK_N / CLUSTER : 128;  // of W, in one copy
 constexpr int A_TILE = BLOCK_M * BLOCK_K, B_TILE = BLOCK_N * BLOCK_K, STAGE = A_TILE + B_TILE;  // halves
 constexpr int CLUSTER_ROWS = BLOCK_M * CLUSTER;

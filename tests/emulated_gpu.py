@@ -43,6 +43,16 @@ INSTRUCTIONS = (
     ("cp.async.cg.", "ptx_cp_async", "16"),
     ("createpolicy.", "ptx_policy", ""),
     ("setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }", "ptx_store_four", ""),
+    (
+        "{ .reg .b128 note; mov.b128 note, {%1, %2}; st.relaxed.gpu.global.b128 [%0], note; }",
+        "ptx_store_128",
+        "",
+    ),
+    (
+        "{ .reg .b128 note; ld.relaxed.gpu.global.b128 note, [%2]; mov.b128 {%0, %1}, note; }",
+        "ptx_load_128",
+        "",
+    ),
     ("cp.async.ca.shared.global [%0], [%1], 4, %2;", "ptx_cp_async", "4"),
     ("cp.async.ca.shared.global [%0], [%1], 4;", "ptx_cp_async", "4, 4"),
     ("cp.async.commit_group", "ptx_cp_commit", ""),

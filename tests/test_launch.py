@@ -11,7 +11,7 @@ import pytest
 from conftest import make_config
 
 import cupy_attn as ca
-from cupy_attn import cuda, kernels, launch, wgmma
+from cupy_attn import cuda, kernels, launch, operands, wgmma
 from cupy_attn.bench import MODELS, model_config
 
 GPUS = {  # multiprocessors, shared memory of a block and of a multiprocessor: CUDA C++ Programming Guide
@@ -28,14 +28,16 @@ CONFIGS = {name: model_config(name) for name in MODELS} | {
 
 def test_the_struct_of_a_call_is_the_same_on_both_sides(tmp_path, monkeypatch):
     pytest.importorskip("cupy")
-    asserts = [f"static_assert(sizeof(Call) == {launch.CALL.itemsize});"]
+    asserts = [f"static_assert({what} == {size});" for what, size in (
+        ("sizeof(Call)", launch.CALL.itemsize), ("sizeof(Note)", 4 * cuda.NOTE_WORDS), ("notes::BYTES", wgmma.NOTES)
+    )]  # fmt: skip
     struct = re.search(r"struct Call \{(.*?)\n\};", (kernels.SOURCES / "call.cuh").read_text(), re.DOTALL)[1]
     code = re.sub(r"//.*", "", struct)
     assert tuple(re.findall(r"(\w+)(?=[,;])", code)) == launch.CALL.names  # fields of one size each: order is all
     for header in kernels.SOURCES.glob("*.cuh"):
         (tmp_path / header.name).write_bytes(header.read_bytes())
     (tmp_path / "same.cu").write_text(
-        '#include "call.cuh"\n' + "\n".join(asserts) + '\nextern "C" __global__ void same(const Call call) {}\n'
+        '#include "row_notes.cuh"\n' + "\n".join(asserts) + '\nextern "C" __global__ void same(const Call call) {}\n'
     )
     monkeypatch.setattr(kernels, "SOURCES", tmp_path)
     macros = (("HEAD_DIM", "128"), ("PARTS", "1"), ("STORAGE", "__half"))
@@ -76,10 +78,11 @@ def test_shared_memory_of_decode_is_what_the_kernel_takes(tmp_path, monkeypatch,
 @pytest.mark.parametrize("name", CONFIGS)
 def test_launches_that_fit_the_gpu(name, gpu):
     config, limits = CONFIGS[name], GPUS[gpu]
-    for dtype, precise, batch, seq in itertools.product(
-        ("float16", "bfloat16"), (False, True), (1, 8, 64, 300), (1, 2, 600)
+    for dtype, precise, fold, batch, seq in itertools.product(
+        ("float16", "bfloat16"), (False, True), (False, True), (1, 8, 64, 300), (1, 2, 600)
     ):
         shape = launch.Shape(dtype, config.head_dim, precise, windowed=False, float32_angles=False)
+        shape = dataclasses.replace(shape, folded=fold and wgmma.can_fold(shape, limits))
         calls = [wgmma.prefill(config, shape, limits, batch, seq, past_tiles=3, collect=False)]
         if launch.decodes(config, shape, batch, seq):
             calls.append(wgmma.decode(config, shape, limits, batch, seq))
@@ -101,10 +104,11 @@ def test_who_takes_hoppers_own_kernels(monkeypatch):
     config, old = make_config(head_dim=128, hidden_size=320), dataclasses.replace(cuda.H200, wgmma=False)
 
     def names(
-        limits=cuda.H200, seq=300, windowed=False, collect=False, head_dim=128, hidden_size=320, batch_invariant=False
-    ) -> list[str]:
+        limits=cuda.H200, seq=300, windowed=False, collect=False, head_dim=128, hidden_size=320, batch_invariant=False,
+        folded=False,
+    ) -> list[str]:  # fmt: skip
         shape = launch.Shape("float16", head_dim, precise=False, windowed=windowed, float32_angles=False,
-                             batch_invariant=batch_invariant)  # fmt: skip
+                             batch_invariant=batch_invariant, folded=folded)  # fmt: skip
         other = dataclasses.replace(config, head_dim=head_dim, hidden_size=hidden_size)
         return [one.name for one in wgmma.prefill(other, shape, limits, 1, seq, past_tiles=0, collect=collect)]
 
@@ -116,6 +120,8 @@ def test_who_takes_hoppers_own_kernels(monkeypatch):
     assert names(seq=100) == [*hopper[:2], portable[1], few]
     assert names(limits=dataclasses.replace(cuda.H200, num_sms=38)) == hopper
     assert names(batch_invariant=True) == hopper
+    assert names(seq=400, folded=True) == hopper[1:]  # rows are not normalised ahead
+    assert names(seq=8, folded=True) == names(collect=True, folded=True) == portable
     assert names(seq=400, windowed=True) == hopper
     assert names(hidden_size=264) == [portable[0], hopper[2], portable[2]]
     assert names(hidden_size=40_000) == [portable[0], hopper[2], portable[2]]  # rows are normalised in shared memory
@@ -249,7 +255,7 @@ def test_a_row_too_long_for_shared_memory_takes_the_products_of_prefill():
 def test_turns_of_keys_rotate_and_scale_them():
     config, rng = make_config(head_dim=48, rope_theta=1e4), np.random.default_rng(0)
     k_norm, key = rng.standard_normal(48).astype(np.float32), rng.standard_normal(48)
-    turns = cuda._turns(config, k_norm).astype(np.float64)
+    turns = operands.key_turns(config, k_norm).astype(np.float64)
     assert turns.shape == (launch.DECODE_TILE, 24, 4)
     cos, sin = ca.rope_angles(config, np.arange(launch.DECODE_TILE))
     low, high = key[:24], key[24:]
@@ -264,7 +270,7 @@ def test_turns_of_keys_rotate_and_scale_them():
 def test_angles_from_integers_are_right_at_any_position(theta):
     """What rope.cuh does, in NumPy's integers: turns modulo one, 23 bits of them."""
     config = make_config(head_dim=128, rope_theta=theta, max_position_embeddings=1 << 21)
-    frequency = cuda._frequencies(config, "float64")
+    frequency = operands.angle_frequencies(config, "float64")
     high, low = frequency >> np.uint64(32), frequency & np.uint64(0xFFFFFFFF)
     positions = np.unique(np.r_[np.arange(300), np.geomspace(300, 2_000_000, 500).astype(np.int64)])
     p = positions.astype(np.uint64)[:, None]
@@ -280,7 +286,7 @@ def test_every_kernel_that_a_prompt_may_take_is_listed(monkeypatch, heads, hidde
     monkeypatch.setattr(cuda, "problem", lambda: "none")
     config = make_config(num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=128, hidden_size=hidden)
     listed = cuda.specialisations(config, np.dtype("float16"), precise=False)
-    shape = launch.Shape("float16", 128, False, windowed=False, float32_angles=False)
-    for rows in range(1, 70_000, 61):
+    for rows, folded in itertools.product(range(1, 70_000, 61), (False, True)):
+        shape = launch.Shape("float16", 128, False, windowed=False, float32_angles=False, folded=folded)
         for one in wgmma.prefill(config, shape, cuda.H200, 1, rows, past_tiles=0, collect=False):
             assert (one.name, one.macros) in listed, (rows, one)

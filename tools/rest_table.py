@@ -3,8 +3,8 @@
     python tools/rest_table.py [--past 130] [--new 64] [--draws 48]
 
 Simulates Hopper's prefill on the normal path in float64, with every rounding of its kernels, of the 0.6B shape: with
-hidden states that are exact for keys, and with rounded ones. Errors are those of the new tokens, the largest over the
-draws.
+hidden states that are exact for keys; and without, where float16 layers have weights with the input norm's in them
+instead of rounded hidden states. Errors are those of the new tokens, the largest over the draws.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from cupy_attn import ops, reference
 from cupy_attn.arrays import STORAGE_DTYPES
 from cupy_attn.bench import model_config, random_layer
 from cupy_attn.config import AttentionConfig
+from cupy_attn.operands import OPERAND_BITS, power_of_two
 from cupy_attn.rope import rope_angles
 from cupy_attn.weights import AttentionWeights, largest_pair_product, multiplies_rest
 
@@ -63,9 +64,15 @@ def simulate(config: AttentionConfig, weights: AttentionWeights, x: np.ndarray, 
     """Return y of a prompt x [1, S, H], in float64, as the kernels round."""
     half, store = rounding("float16"), rounding(weights.dtype.name)
     w = {name: tensor.astype(np.float64) for name, tensor in weights.tensors().items()}
-    exact = ops.rms_norm(x.astype(np.float64), w["input_norm"], config.rms_norm_eps)
     heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    q, k, v = ops.split_heads(ops.project_qkv(half(exact), w["qkv_proj"]), *heads)
+    folded = not rest and weights.dtype == np.float16
+    if folded:
+        w["qkv_proj"] *= w["input_norm"]
+        scale = power_of_two(float(np.abs(w["qkv_proj"]).max()), OPERAND_BITS)
+        w["qkv_proj"] = half(w["qkv_proj"] * scale) / scale
+        w["input_norm"] = np.ones_like(w["input_norm"])
+    exact = ops.rms_norm(x.astype(np.float64), w["input_norm"], config.rms_norm_eps)
+    q, k, v = ops.split_heads(ops.project_qkv(exact if folded else half(exact), w["qkv_proj"]), *heads)
     if rest:
         k = ops.split_heads(ops.project_qkv(exact, w["qkv_proj"]), *heads)[1]
     k, v = store(k), store(v)

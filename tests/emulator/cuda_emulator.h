@@ -582,6 +582,8 @@ void __stcg(T* p, T value) { *p = value; }
 inline int min(int a, int b) { return a < b ? a : b; }
 inline int max(int a, int b) { return a > b ? a : b; }
 inline long long max(long long a, long long b) { return a > b ? a : b; }
+inline unsigned __float_as_uint(float x) { unsigned bits; std::memcpy(&bits, &x, 4); return bits; }
+inline float __fdividef(float a, float b) { return a / b; }
 inline float rsqrtf(float x) { return static_cast<float>(1.0 / std::sqrt(static_cast<double>(x))); }
 inline float __sinf(float x) { return sinf(x); }
 inline float __cosf(float x) { return cosf(x); }
@@ -643,6 +645,12 @@ inline void ptx_atom(int& before, int* place) { before = atomicAdd(place, 1); }
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32); }
 inline void ptx_store_four(void* to, unsigned a, unsigned b, unsigned c, unsigned d, int valid) {
     if (valid) *static_cast<uint4*>(to) = make_uint4(a, b, c, d);
+}
+inline void ptx_store_128(void* to, unsigned long long low, unsigned long long high) {
+    static_cast<unsigned long long*>(to)[0] = low, static_cast<unsigned long long*>(to)[1] = high;
+}
+inline void ptx_load_128(unsigned long long& low, unsigned long long& high, const void* from) {
+    low = static_cast<const unsigned long long*>(from)[0], high = static_cast<const unsigned long long*>(from)[1];
 }
 inline void ptx_policy(unsigned long long& policy) { policy = 1; }
 inline void ptx_cp_async(unsigned to, const void* from, int bytes, int valid, unsigned long long = 0) {
