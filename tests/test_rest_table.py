@@ -20,7 +20,8 @@ def test_the_simulation_is_of_the_layer(dtype, rest):
     config = rest_table.CONFIG
     weights = dataclasses.replace(random_layer(config).astype(dtype), losses={})
     x = np.random.default_rng(0).standard_normal((1, 9, config.hidden_size), np.float32).astype(weights.dtype)
-    error = relative_l2(rest_table.simulate(config, weights, x, rest=rest), reference.forward(config, weights, x)[0])
+    y = rest_table.simulate(config, weights, x, rest=rest, folded=rest_table.taken(dtype, rest=rest))
+    error = relative_l2(y, reference.forward(config, weights, x)[0])
     assert BARS[dtype] / 100 < error <= BARS[dtype]
 
 
@@ -33,3 +34,13 @@ def test_the_table_says_what_the_rest_is_good_for():
     for row in rows:
         with_rest, without = (float(cell.split(",")[0]) for cell in row[4:6])
         assert 0 < with_rest < without or row[-1] == "no"
+
+
+def test_the_table_says_why_other_kernels_take_the_weights_as_they_are():
+    result = CliRunner().invoke(rest_table.main, ["--refused", "--past", "30", "--new", "8", "--draws", "2"])
+    assert result.exit_code == 0, result.output
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.output.splitlines()[2:]]
+    assert [row[0] for row in rows] == [dtype for dtype in rest_table.DTYPES for _ in rest_table.CASES]
+    for row in rows:
+        as_it_is, folded = (float(cell.split(",")[0]) for cell in row[4:6])
+        assert 0 < as_it_is < folded

@@ -1,17 +1,19 @@
-"""The table of docs/numerics.md on K's products with what rounding hidden states leaves over, which some layers omit.
+"""The tables of docs/numerics.md on K's products with what rounding hidden states leaves over, which some layers omit.
 
     python tools/rest_table.py [--past 130] [--new 64] [--draws 48]
+    python tools/rest_table.py --refused --new 2 --draws 24
 
 Simulates Hopper's prefill on the normal path in float64, with every rounding of its kernels, of the 0.6B shape: with
 hidden states that are exact for keys; and without, where float16 layers have weights with the input norm's in them
-instead of rounded hidden states. Errors are those of the new tokens, the largest over the draws.
+instead of rounded hidden states. Errors are those of the new tokens, the largest over the draws. ``--refused``: what
+such weights would cost where no kernel takes them, bfloat16 in prefill and float16 in decode.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import click
@@ -31,6 +33,7 @@ CONFIG = model_config("0.6B")
 PAIR = [5, 5 + CONFIG.head_dim // 2]  # dims that RoPE mixes
 
 Rounding = Callable[[np.ndarray], np.ndarray]
+Kind = dict[str, Any]  # arguments of simulate
 
 
 def rounding(dtype: str) -> Rounding:
@@ -60,19 +63,29 @@ CASES: dict[str, Callable[[AttentionWeights], AttentionWeights]] = {
 }
 
 
-def simulate(config: AttentionConfig, weights: AttentionWeights, x: np.ndarray, *, rest: bool) -> np.ndarray:
-    """Return y of a prompt x [1, S, H], in float64, as the kernels round."""
+def taken(dtype: str, *, rest: bool) -> str | None:
+    """Return the dtype of weights with the input norm's in them, where prefill takes such weights."""
+    return "float16" if dtype == "float16" and not rest else None
+
+
+def simulate(
+    config: AttentionConfig, weights: AttentionWeights, x: np.ndarray, *, rest: bool, folded: str | None
+) -> np.ndarray:
+    """Return y of a prompt x [1, S, H], in float64, as the kernels round.
+
+    ``rest``: keys as if hidden states were exact. ``folded``: the dtype of weights with the input norm's in them, or
+    None; without the rest they are multiplied with hidden states as they are.
+    """
     half, store = rounding("float16"), rounding(weights.dtype.name)
     w = {name: tensor.astype(np.float64) for name, tensor in weights.tensors().items()}
     heads = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-    folded = not rest and weights.dtype == np.float16
-    if folded:
+    if folded is not None:
         w["qkv_proj"] *= w["input_norm"]
         scale = power_of_two(float(np.abs(w["qkv_proj"]).max()), OPERAND_BITS)
-        w["qkv_proj"] = half(w["qkv_proj"] * scale) / scale
+        w["qkv_proj"] = rounding(folded)(w["qkv_proj"] * scale) / scale
         w["input_norm"] = np.ones_like(w["input_norm"])
     exact = ops.rms_norm(x.astype(np.float64), w["input_norm"], config.rms_norm_eps)
-    q, k, v = ops.split_heads(ops.project_qkv(exact if folded else half(exact), w["qkv_proj"]), *heads)
+    q, k, v = ops.split_heads(ops.project_qkv(exact if folded and not rest else half(exact), w["qkv_proj"]), *heads)
     if rest:
         k = ops.split_heads(ops.project_qkv(exact, w["qkv_proj"]), *heads)[1]
     k, v = store(k), store(v)
@@ -89,17 +102,20 @@ def simulate(config: AttentionConfig, weights: AttentionWeights, x: np.ndarray, 
     return store(ops.project_output(half(attention)[None], w["o_proj"]))
 
 
-def errors(dtype: str, change: Callable[[AttentionWeights], AttentionWeights], past: int, new: int, draws: int) -> Any:
-    """Return the weights of the last draw, and the largest relative L2 and largest error with the rest and without."""
-    worst = np.zeros((2, 2))
+def errors(
+    dtype: str, change: Callable[[AttentionWeights], AttentionWeights], kinds: Sequence[Kind], past: int, new: int,
+    draws: int,
+) -> Any:  # fmt: skip
+    """Return the weights of the last draw, and the largest relative L2 and largest error of each kind."""
+    worst = np.zeros((len(kinds), 2))
     for seed in range(draws):
         weights = dataclasses.replace(change(random_layer(CONFIG, seed)).astype(dtype), losses={})
         x = np.random.default_rng(100 + seed).standard_normal((1, past + new, CONFIG.hidden_size), np.float32)
         x[..., :4] *= 20
         x = x.astype(weights.dtype)
         exact = reference.forward(CONFIG, weights, x)[1]["output"][:, past:]  # before its last rounding
-        for i, rest in enumerate((True, False)):
-            y = simulate(CONFIG, weights, x, rest=rest)[:, past:]
+        for i, kind in enumerate(kinds):
+            y = simulate(CONFIG, weights, x, **kind)[:, past:]
             worst[i] = np.maximum(worst[i], (ca.relative_l2(y, exact), ca.max_error(y, exact)))
     return weights, worst
 
@@ -108,13 +124,18 @@ def errors(dtype: str, change: Callable[[AttentionWeights], AttentionWeights], p
 @click.option("--past", type=click.IntRange(min=0), default=130, show_default=True, help="Tokens before those.")
 @click.option("--new", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens whose errors count.")
 @click.option("--draws", type=click.IntRange(min=1), default=48, show_default=True)
-def main(past: int, new: int, draws: int) -> None:
+@click.option("--refused", is_flag=True, help="Instead: weights with the input norm's in them where none are taken.")
+def main(past: int, new: int, draws: int, *, refused: bool) -> None:
     """Print the table as Markdown; errors in units of 1e-3."""
-    head = "storage", "norm weights", "largest product", "rms(w_q) rms(w_k)", "with the rest", "without", "has it"
+    columns = ("as it is", "with the norm in the weights") if refused else ("with the rest", "without")
+    head = "storage", "norm weights", "largest product", "rms(w_q) rms(w_k)", *columns, "has the rest"
     click.echo(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for dtype in DTYPES:
+        kinds = [{"rest": rest, "folded": taken(dtype, rest=rest)} for rest in (True, False)]
+        if refused:  # decode in float16 has the rest, prefill in bfloat16 has not
+            kinds = [{"rest": dtype == "float16", "folded": folded} for folded in (None, dtype)]
         for name, change in CASES.items():
-            weights, ((with_l2, with_max), (l2, largest)) = errors(dtype, change, past, new, draws)
+            weights, ((with_l2, with_max), (l2, largest)) = errors(dtype, change, kinds, past, new, draws)
             product = largest_pair_product(weights.q_norm, weights.k_norm)
             rms = weights.q_norm_stats.rms * weights.k_norm_stats.rms
             has = "yes" if multiplies_rest(CONFIG, weights.q_norm, weights.k_norm) else "no"
