@@ -93,7 +93,7 @@ def specialisations(
         gpu = limits(cupy.cuda.Device().id)
         decoding = [gpu]
     shape = Shape(dtype.name, config.head_dim, precise, windowed, float32_angles=False)
-    shapes = [shape, dataclasses.replace(shape, folded=True)] if wgmma.can_fold(shape, gpu) else [shape]
+    shapes = [shape, dataclasses.replace(shape, folded=True)] if wgmma.can_fold(config, shape, gpu) else [shape]
     # Rows of many prompts: what tiles a product takes goes by how they fill the GPU.
     prompts = [(gpu, rows) for n in range(17) for rows in (1 << n, 3 << n)]
     if gpu.wgmma:  # few tokens and stages still take the kernels of other GPUs
@@ -180,7 +180,7 @@ class CudaBackend:
             )
         rest = wgmma.can_multiply_rest(self._shape, self._limits)
         rest = rest and multiplies_rest(config, weights.q_norm, weights.k_norm)
-        folded = why is None and not rest and wgmma.can_fold(self._shape, self._limits)
+        folded = why is None and not rest and wgmma.can_fold(config, self._shape, self._limits)
         self._shape = dataclasses.replace(self._shape, folded=folded)
         self._ready = None
         if why is None:
@@ -234,7 +234,8 @@ class CudaBackend:
             for run in bound:
                 run()
         except BaseException:
-            workspace_of(self._device, stream.ptr).drop("notes")  # it takes the last kernel to make them old
+            if not capturing:  # then nothing has run
+                workspace_of(self._device, stream.ptr).clear("notes")  # it takes the last kernel to make them old
             raise
         del keep
         if decode and plan.seq == 1 and plan.counting_on and plan.unpadded and not capturing and not cache.captured:

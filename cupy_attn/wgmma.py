@@ -43,9 +43,13 @@ def is_wanted() -> bool:
 
 def projects(config: AttentionConfig, shape: Shape, limits: Limits, rows: int, *, collect: bool) -> bool:
     """Return whether both projections of ``rows`` rows of x run on these kernels."""
+    return _can_project(config, shape, limits) and rows >= LEAST_ROWS and not collect
+
+
+def _can_project(config: AttentionConfig, shape: Shape, limits: Limits) -> bool:
+    """Return whether both projections of enough rows run on these kernels."""
     fits = shape.head_dim == HEAD_DIM and config.hidden_size % GEMM_BLOCK_K == 0 and launch.holds_a_row(config, limits)
-    enough = limits.num_sms >= CLUSTER and rows >= LEAST_ROWS
-    return limits.wgmma and fits and not collect and enough
+    return limits.wgmma and limits.num_sms >= CLUSTER and fits
 
 
 def attends(shape: Shape, limits: Limits, seq: int, *, collect: bool) -> bool:
@@ -58,9 +62,9 @@ def can_multiply_rest(shape: Shape, limits: Limits) -> bool:
     return limits.wgmma and shape.head_dim == HEAD_DIM and not shape.precise
 
 
-def can_fold(shape: Shape, limits: Limits) -> bool:
+def can_fold(config: AttentionConfig, shape: Shape, limits: Limits) -> bool:
     """Return whether prefill can multiply x as it is by a Wqkv that has the input norm's weight in it."""
-    return limits.wgmma and shape.head_dim == HEAD_DIM and not shape.precise and shape.dtype == "float16"
+    return _can_project(config, shape, limits) and not shape.precise and shape.dtype == "float16"
 
 
 def hidden_columns(config: AttentionConfig, shape: Shape) -> int:

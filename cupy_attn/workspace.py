@@ -46,9 +46,10 @@ class Workspace:
             self._kept.append(buffer)
         return buffer[:nbytes].view(dtype).reshape(shape)
 
-    def drop(self, name: str) -> None:
-        """Forget a buffer, so that the next one is new: a call ended halfway and left it in no known state."""
-        self._buffers.pop(name, None)
+    def clear(self, name: str) -> None:
+        """Zero a buffer where it is, as graphs may hold it: a call ended halfway and left it in no known state."""
+        if name in self._buffers:
+            self._buffers[name].fill(0)
 
     def poison(self) -> None:
         """Fill every buffer that kernels must write before they read with 0xff bytes: NaN, for tests."""

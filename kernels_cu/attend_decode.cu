@@ -154,21 +154,23 @@ attend_decode(const __grid_constant__ Call call)
     Cursor ahead = own_first;
     if (has_own) go_on(ahead);
     bool more = has_own && find_tile(ahead, shares);
-    if (threadIdx.x == 0) kept_shares = shares;
+    if (threadIdx.x == 0) kept_shares = shares, here = at;
     const auto find_runs = [&](const Cursor& to) {
         if (threadIdx.x > 0) return;
         const Shares shares = kept_shares;
-        here = to;
         runs.x = BY_PIECES ? to.begin : to.begin / shares.size;
         runs.y = BY_PIECES ? to.width : (to.begin + to.width - shares.crossing - 1) / shares.size - runs.x + 1;
     };
     find_runs(at);
     clear_queries(shared);
+    Quads weight, own_query;
+    load_q_norm(call, weight);
     wait_for_previous_kernel();
+    load_query(call, at, group, warp, own_query);  // ahead of a new token's k and v
     if (counts_on) new_at += at.count;
     if (has_own) append(own_first, 0);
 
-    normalise_queries(call, shared, at, group);
+    normalise_queries(call, shared, at, group, weight, own_query);
     copies_wait<2>();  // for all but the tile
     let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
     __syncthreads();
@@ -458,8 +460,16 @@ attend_decode(const __grid_constant__ Call call)
                         stage == 0 ? -sum[t][e] : sum[t][e]);
             }
         }
-        __syncthreads();
+        // What the next head begins with is on its way while warps wait for each other.
         at = here;  // but for the place of this warp
+        Cursor next = at;
+        const bool goes_on = at.left > 0 && next_head(call, kept_shares, next);
+        if (goes_on) {
+            if (PARTS == 1) load_q_norm(call, weight);
+            load_query(call, next, group, warp, own_query);
+            new_at = new_position(call, next.b, next.past, next.count - 1);
+        }
+        __syncthreads();
         const int first_run = runs.x, num_runs = runs.y, head_idx = at.b * kept_shares.heads + at.head;
         const auto attention_of = [&](int i) {  // of element i of the queries, one after the other
             const int query = at.first_row + i / HEAD_DIM, token = IS_ONE ? 0 : query / group;
@@ -488,11 +498,10 @@ attend_decode(const __grid_constant__ Call call)
                 if (d == 0) found_of_part(own_part)[r] = make_float2(found.largest, found.sum);
             }
         }
-        Cursor next = at;
-        const bool goes_on = at.left > 0 && next_head(call, kept_shares, next);
         if (goes_on) {
-            normalise_queries(call, shared, next, group);
-            new_at = new_position(call, next.b, next.past, next.count - 1);
+            if (PARTS == 2) load_q_norm(call, weight);  // registers are shorter there
+            normalise_queries(call, shared, next, group, weight, own_query);
+            if (threadIdx.x == 0) here = next;
         }
         __syncthreads();
         if (num_runs > 1) {

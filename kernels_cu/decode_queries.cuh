@@ -23,31 +23,51 @@ __device__ __forceinline__ void clear_queries(Shared& shared) {
         reinterpret_cast<uint4*>(shared.q)[i] = make_uint4(0, 0, 0, 0);
 }
 
-// Normalise the queries of a head, a warp to a row; and rotate those of earlier tokens as if they stood where the
-// last does, distances being positive; or, where angles must be those of transformers, each to its own place.
-__device__ __forceinline__ void normalise_queries(const Call& call, Shared& shared, const Cursor& to, int group) {
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+// Four dims of every 128, which is what a lane has of a row.
+using Quads = float4[(HEAD_DIM + 127) / 128];
+
+// The norm's weight. Behind keys under way a load takes a microsecond, so it is asked for before q can be.
+__device__ __forceinline__ void load_q_norm(const Call& call, Quads& weight) {
+#pragma unroll
+    for (int i = 0; i < (HEAD_DIM + 127) / 128; ++i) {
+        const int d = 4 * (threadIdx.x % 32) + 128 * i;
+        weight[i] = d < HEAD_DIM ? *reinterpret_cast<const float4*>(call.q_norm + d) : make_float4(0, 0, 0, 0);
+    }
+}
+
+// Row r of a head's queries, zeros past the last.
+__device__ __forceinline__ void load_query(const Call& call, const Cursor& to, int group, int r, Quads& values) {
     const int rows = min(ROWS, (IS_ONE ? group : group * to.count) - to.first_row);  // less those of padding
-    for (int r = warp; r < ROWS; r += WARPS) {  // zeros past the last
-        const int query = to.first_row + r, token = IS_ONE ? 0 : query / group;
-        const float* const q = qkv_of(call, to.b, token) + (to.kv_head_idx * group + query - token * group) * HEAD_DIM;
-        float4 values[(HEAD_DIM + 127) / 128];
+    const int query = to.first_row + r, token = IS_ONE ? 0 : query / group;
+    const float* const q = qkv_of(call, to.b, token) + (to.kv_head_idx * group + query - token * group) * HEAD_DIM;
+#pragma unroll
+    for (int i = 0; i < (HEAD_DIM + 127) / 128; ++i) {
+        const int d = 4 * (threadIdx.x % 32) + 128 * i;
+        values[i] = r < rows && d < HEAD_DIM ? *reinterpret_cast<const float4*>(q + d) : make_float4(0, 0, 0, 0);
+    }
+}
+
+// Normalise the queries of a head, a warp to a row, the first of which it has loaded; and rotate those of earlier tokens as if
+// they stood where the last does, distances being positive; or, where angles must be those of transformers, each to its own
+// place.
+__device__ __forceinline__ void normalise_queries(const Call& call, Shared& shared, const Cursor& to, int group,
+                                                  const Quads& weight, Quads& values) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+#pragma unroll 1
+    for (int r = warp; r < ROWS; r += WARPS) {
+        const int token = IS_ONE ? 0 : (to.first_row + r) / group;
+        if (r != warp) load_query(call, to, group, r, values);
         float sum_squares = 0.0f;
 #pragma unroll
-        for (int i = 0; i < (HEAD_DIM + 127) / 128; ++i) {
-            const int d = 4 * lane + 128 * i;
-            values[i] = r < rows && d < HEAD_DIM ? *reinterpret_cast<const float4*>(q + d) : make_float4(0, 0, 0, 0);
-            const float4 v = values[i];
-            sum_squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
-        }
+        for (const float4& v : values) sum_squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
         const float rstd = rsqrtf(warp_sum(sum_squares) * (1.0f / HEAD_DIM) + call.eps);
 #pragma unroll
         for (int i = 0; i < (HEAD_DIM + 127) / 128; ++i) {
             const int d = 4 * lane + 128 * i;
             if (d >= HEAD_DIM) break;
-            const float4 v = values[i], weight = *reinterpret_cast<const float4*>(call.q_norm + d);
-            *reinterpret_cast<float4*>(shared.q_norm + r * HEAD_DIM + d) = make_float4(
-                v.x * rstd * weight.x, v.y * rstd * weight.y, v.z * rstd * weight.z, v.w * rstd * weight.w);
+            const float4 v = values[i], w = weight[i];
+            *reinterpret_cast<float4*>(shared.q_norm + r * HEAD_DIM + d) =
+                make_float4(v.x * rstd * w.x, v.y * rstd * w.y, v.z * rstd * w.z, v.w * rstd * w.w);
         }
         if (!IS_ONE && token < to.count) {
             __syncwarp();
@@ -81,20 +101,26 @@ __device__ __forceinline__ void rotate_queries(Shared& shared, int rows, int dis
         float2 cosine, sine;
         rotation(distance, make_uint2(frequency.x, frequency.y), cosine.x, sine.x);
         rotation(distance, make_uint2(frequency.z, frequency.w), cosine.y, sine.y);
+        constexpr int TOGETHER = HEAD_TILES == 2 ? 4 : 2;  // rows that are read before the first of them is stored
 #pragma unroll 1
-        for (int two = 0; two < rows; two += 2)
+        for (int first = 0; first < rows; first += TOGETHER) {
+            float2 a[TOGETHER], c[TOGETHER];
 #pragma unroll
-        for (int r = two; r < two + 2; ++r) {
-            const float2 a = *reinterpret_cast<const float2*>(shared.q_norm + r * HEAD_DIM + d);
-            const float2 c = *reinterpret_cast<const float2*>(shared.q_norm + r * HEAD_DIM + d + PAIRS);
-            const float2 low = make_float2(a.x * cosine.x - c.x * sine.x, a.y * cosine.y - c.y * sine.y);
-            const float2 high = make_float2(c.x * cosine.x + a.x * sine.x, c.y * cosine.y + a.y * sine.y);
-            const unsigned low_pair = pack(low.x, low.y), high_pair = pack(high.x, high.y);
-            unsigned* place = reinterpret_cast<unsigned*>(target + r * STRIDE + d);
-            place[0] = low_pair, place[PAIRS / 2] = high_pair;
-            if (PARTS == 2) {
-                place[ROWS * STRIDE / 2] = pack_rest(low.x, low.y, low_pair);
-                place[ROWS * STRIDE / 2 + PAIRS / 2] = pack_rest(high.x, high.y, high_pair);
+            for (int r = 0; r < TOGETHER; ++r) {
+                a[r] = *reinterpret_cast<const float2*>(shared.q_norm + (first + r) * HEAD_DIM + d);
+                c[r] = *reinterpret_cast<const float2*>(shared.q_norm + (first + r) * HEAD_DIM + d + PAIRS);
+            }
+#pragma unroll
+            for (int r = 0; r < TOGETHER; ++r) {
+                const float2 low = make_float2(a[r].x * cosine.x - c[r].x * sine.x, a[r].y * cosine.y - c[r].y * sine.y);
+                const float2 high = make_float2(c[r].x * cosine.x + a[r].x * sine.x, c[r].y * cosine.y + a[r].y * sine.y);
+                const unsigned low_pair = pack(low.x, low.y), high_pair = pack(high.x, high.y);
+                unsigned* place = reinterpret_cast<unsigned*>(target + (first + r) * STRIDE + d);
+                place[0] = low_pair, place[PAIRS / 2] = high_pair;
+                if (PARTS == 2) {
+                    place[ROWS * STRIDE / 2] = pack_rest(low.x, low.y, low_pair);
+                    place[ROWS * STRIDE / 2 + PAIRS / 2] = pack_rest(high.x, high.y, high_pair);
+                }
             }
         }
     }

@@ -43,7 +43,7 @@ project_qkv_wgmma(const __grid_constant__ Call call, const __grid_constant__ Map
     const int past_items = call.past_tiles * (PAST_ROWS / PAST_ROWS_A_WARP) * call.batch * call.num_kv_heads;
     const int lane = threadIdx.x % 32, warp = threadIdx.x % WARPGROUP / 32;
 
-    // Columns of tiles: first those with keys, which need both parts of x.
+    // Columns of tiles: first those with keys, which may need both parts of x.
     const int n_tiles = (call.num_q_heads + 2 * call.num_kv_heads + HEADS_A_TILE - 1) / HEADS_A_TILE;
     const int first_key_tile = call.num_q_heads / HEADS_A_TILE;
     const int key_tiles = (call.num_q_heads + call.num_kv_heads + HEADS_A_TILE - 1) / HEADS_A_TILE - first_key_tile;

@@ -116,7 +116,10 @@ __device__ __forceinline__ Note work_out(const Call& call, int m) {
     const STORAGE* const x = call.x + static_cast<long long>(m) * call.hidden_size;
     float sums[4] = {};
 #pragma unroll 1
-    for (int k = threadIdx.x % LANES * VECTOR; k < call.hidden_size; k += LANES * VECTOR) add_squares(x + k, sums);
+    for (int k = threadIdx.x % LANES * VECTOR; k < call.hidden_size; k += LANES * VECTOR) {
+        const uint4 raw = __ldcg(reinterpret_cast<const uint4*>(x + k));
+        add_squares(reinterpret_cast<const STORAGE*>(&raw), sums);
+    }
     const int2 place = place_of_row(call, m, sequence(call, m / call.seq));
     return {factor_of(call, sums), place.x, place.y, 0};
 }

@@ -215,3 +215,28 @@ def test_a_call_that_ended_halfway_leaves_no_notes(launched, monkeypatch, error)
         with pytest.raises(error):
             layer(prompt_of(layer, 150, 16.0), layer.new_cache(1, 150))
     check_folded(layer, x, layer(x, layer.new_cache(1, 150)))
+
+
+def test_a_replay_after_a_call_that_ended_halfway(launched, monkeypatch):
+    """The graph has the same notes, and counts on the same number."""
+    layer = make_layer(config_of(2, 1, 128, 64), "float16", TAME)
+    x, cache = prompt_of(layer, 150, 1.0), layer.new_cache(1, 300)
+    given = layer._backend.xp.asarray(x)
+    y, replay = emulated_gpu.capture(monkeypatch, lambda: layer(given, cache))
+    replay()
+    bind = emulated_gpu.EmulatedLauncher.bind
+
+    def fail():
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(emulated_gpu.EmulatedLauncher, "bind", lambda self, *args: (
+            fail if self._launch.name == "attend_wgmma" else bind(self, *args)
+        ))  # fmt: skip
+        with pytest.raises(KeyboardInterrupt):
+            layer(prompt_of(layer, 150, 16.0), layer.new_cache(1, 150))
+    (space,) = workspace._workspaces.values()
+    assert not space._buffers["notes"].any()
+    cache.reset()
+    replay()
+    check_folded(layer, x, y)

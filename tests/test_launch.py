@@ -82,7 +82,7 @@ def test_launches_that_fit_the_gpu(name, gpu):
         ("float16", "bfloat16"), (False, True), (False, True), (1, 8, 64, 300), (1, 2, 600)
     ):
         shape = launch.Shape(dtype, config.head_dim, precise, windowed=False, float32_angles=False)
-        shape = dataclasses.replace(shape, folded=fold and wgmma.can_fold(shape, limits))
+        shape = dataclasses.replace(shape, folded=fold and wgmma.can_fold(config, shape, limits))
         calls = [wgmma.prefill(config, shape, limits, batch, seq, past_tiles=3, collect=False)]
         if launch.decodes(config, shape, batch, seq):
             calls.append(wgmma.decode(config, shape, limits, batch, seq))
