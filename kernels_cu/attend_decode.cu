@@ -169,14 +169,16 @@ attend_decode(const __grid_constant__ Call call)
     load_query(call, at, group, warp, own_query);  // ahead of a new token's k and v
     if (counts_on) new_at += at.count;
     if (has_own) append(own_first, 0);
+    if (more) copy(ahead, 1, false);
+    copies_commit();
 
     normalise_queries(call, shared, at, group, weight, own_query);
-    copies_wait<2>();  // for all but the tile
+    copies_wait<3>();  // for all but tiles
     let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
     __syncthreads();
 
     int stage = 0;
-    bool is_k_ahead = false;  // the k of the next tile has been asked for
+    bool is_k_ahead = true;  // the k of the next tile has been asked for
     while (true) {
         const int rows = min(ROWS, queries - at.first_row);
 
