@@ -19,8 +19,10 @@ BLOCK_M = 128  # rows of x, or queries, of a block
 WARPGROUP, THREADS = 128, 384
 BOX_ROWS = 128  # of W, in one copy, at most
 CLUSTER = 2  # blocks that share what they copy of W
+SPLITS, SPLIT_COLUMNS = 2, 64  # blocks that share a tile, each with a part of k; columns of the tile
 LEAST_ROWS, LEAST_QUERIES = 64, 128  # of a call, of a sequence: fewer leave most of a tile empty
 STAGES = 2  # attend_wgmma.cu
+SENT = 2 * (32 // 4 + 1) * WARPGROUP * 16  # there: what two warpgroups send each other, in bytes
 TABLES = 2 * HEAD_DIM * 4 + HEAD_DIM // 2 * 8  # finish_heads.cuh: norms' weights and frequencies, in bytes
 NOTES = 2 * 8 * 4 * 32 * 8 * 2  # row_notes.cuh: rows of two warps, in bytes
 PAST_ROWS_A_WARP = 8
@@ -33,7 +35,7 @@ X_BYTES, MOST_X_STAGES, MOST_W_STAGES = 48 << 10, 16, 20
 ROUND = 4096  # what it costs that clusters begin when others end, in rows of 64 columns
 # The fewest tokens of a decode call that those kernels are taken for, unless q, k and v have so many weights; the most
 # rows of a prefill whose output they project.
-LEAST_FEW, MANY_WEIGHTS, MOST_FEW_ROWS = launch.DECODE_VECTORS + 1, 20 << 20, 384
+LEAST_FEW, MANY_WEIGHTS, MOST_FEW_ROWS = launch.DECODE_VECTORS + 1, 20 << 20, 256
 
 
 def is_wanted() -> bool:
@@ -105,22 +107,41 @@ def project_qkv(config: AttentionConfig, shape: Shape, limits: Limits, rows: int
 
 def attend(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int) -> Launch:
     """Launch of ``attend_wgmma.cu``."""
-    block_n = 64 if shape.precise else 128
-    smem = (2 * shape.parts * BLOCK_M + STAGES * (shape.parts + 1) * block_n) * HEAD_DIM * 2
-    grid = min(limits.num_sms, -(-seq // BLOCK_M) * config.num_attention_heads * batch)
-    boxes = (("q", BLOCK_M), ("k", block_n), ("v", block_n))
-    macros = macros_of(shape, WINDOW=shape.windowed and 1)
+    # Where every tile has a multiprocessor, all wait for those with most keys. With half as many queries a tile, and
+    # keys shared by a block's warpgroups, they are done sooner. Not where bits may not depend on the batch.
+    heads = config.num_attention_heads * batch
+    splits = not (shape.precise or shape.batch_invariant) and -(-seq // BLOCK_M) * heads <= limits.num_sms
+    block_m, block_n, stages = (64, 64, 2 * STAGES) if splits else (BLOCK_M, 64 if shape.precise else 128, STAGES)
+    smem = (2 * shape.parts * block_m + stages * (shape.parts + 1) * block_n) * HEAD_DIM * 2 + (SENT if splits else 0)
+    grid = min(limits.num_sms, -(-seq // block_m) * heads)
+    boxes = (("q", block_m), ("k", block_n), ("v", block_n))
+    macros = macros_of(shape, WINDOW=shape.windowed and 1, SPLIT_KEYS=splits and 1)
     return Launch("attend_wgmma", macros, grid, THREADS, smem, overlaps=True, boxes=boxes)
 
 
 def project_output(config: AttentionConfig, shape: Shape, limits: Limits, rows: int) -> Launch:
-    """Launch of ``project_output_wgmma.cu``, or where that would leave half of the GPU idle of the kernel for a few."""
+    """Launch of ``project_output_wgmma.cu``, or where that would leave half of the GPU idle with k split."""
     plain = launch.plain(shape)
     one = _project("project_output_wgmma", plain, limits, rows, config.hidden_size, (256, 128, 64),
                    ("attention", "o_proj"))  # fmt: skip
-    if rows <= MOST_FEW_ROWS and 2 * one.grid <= limits.num_sms and not shape.batch_invariant:
+    # Whatever the batch, k must be cut the same way if bits may not depend on it.
+    if 2 * one.grid > limits.num_sms or shape.batch_invariant:
+        return one
+    if rows <= MOST_FEW_ROWS:
         return _project_output_few(config, plain, limits, rows, room=0)
-    return one
+    return _project_output_split(config, plain, limits, rows)
+
+
+def _project_output_split(config: AttentionConfig, plain: Shape, limits: Limits, rows: int) -> Launch:
+    """Launch of ``project_output_wgmma.cu`` with two blocks to a tile."""
+    tiles = -(-rows // BLOCK_M) * -(-config.hidden_size // SPLIT_COLUMNS)
+    stage, received = (BLOCK_M + SPLIT_COLUMNS) * GEMM_BLOCK_K * 2, SPLIT_COLUMNS // 4 << 10
+    stages = (limits.block_smem - ALIGNMENT - received) // stage
+    settings = macros_of(plain, BLOCK_N=SPLIT_COLUMNS, GEMM_STAGES=stages, CLUSTER=1, SPLITS=SPLITS)
+    grid = min(limits.num_sms // SPLITS, tiles) * SPLITS
+    boxes = (("attention", BLOCK_M), ("o_proj", SPLIT_COLUMNS))
+    smem = stages * stage + received
+    return Launch("project_output_wgmma", settings, grid, THREADS, smem, overlaps=True, cluster=SPLITS, boxes=boxes)
 
 
 def prefill(

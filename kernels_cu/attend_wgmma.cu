@@ -8,22 +8,32 @@
 // give it to a block that may still have much to do.
 // Block 384 threads: a warpgroup that copies, two that have 64 query rows each. While the products of one step run, each has
 // the softmax of the next to do; while a tile ends, q, k and v of the next are on their way.
-// Shared memory: 2 x q [PARTS], then STAGES x (k [PARTS], v), each of two tiles of 64 columns (wgmma.cuh).
-// -D: those of call.cuh, HEAD_DIM 128, WINDOW (if there is one). Tensor-core bound.
+// With SPLIT_KEYS, where all would wait for the few tiles with most keys, they are 64 queries. Both warpgroups have all of those, and
+// every other step each; in the end each sends the other what it has of one row in two, and stores the other row.
+// Shared memory: 2 x q [PARTS], then STAGES x (k [PARTS], v), each of two tiles of 64 columns (wgmma.cuh); with SPLIT_KEYS what
+// warpgroups send.
+// -D: those of call.cuh, HEAD_DIM 128, WINDOW (if there is one), SPLIT_KEYS (PARTS 1). Tensor-core bound.
 #include "call.cuh"
 #include "wgmma.cuh"
 
 static_assert(HEAD_DIM == 128, "a row of q, k and v is two tiles");
 
+#ifdef SPLIT_KEYS
+constexpr int STRIDE = 2;  // from a warpgroup's step to its next
+#else
+constexpr int STRIDE = 1;
+#endif
 constexpr int CONSUMERS = 2;
-constexpr int BLOCK_M = 64 * CONSUMERS;
-constexpr int BLOCK_N = PARTS == 1 ? 128 : 64;
-constexpr int STAGES = 2;
+constexpr int BLOCK_M = 64 * CONSUMERS / STRIDE;
+constexpr int BLOCK_N = PARTS == 1 && STRIDE == 1 ? 128 : 64;
+constexpr int STAGES = 2 * STRIDE;
 constexpr int Q_TILE = BLOCK_M * TILE_COLUMNS, KV_TILE = BLOCK_N * TILE_COLUMNS;  // halves
 constexpr int Q = 2 * PARTS * Q_TILE, STAGE = 2 * (PARTS + 1) * KV_TILE;
 constexpr int Q_BYTES = PARTS * 2 * Q_TILE * 2, K_BYTES = PARTS * 2 * KV_TILE * 2, V_BYTES = 2 * KV_TILE * 2;
 constexpr int SCORES = BLOCK_N / 2;  // of a thread: two rows of a quad's columns
-constexpr int CONSUMERS_ONLY = 1;  // hardware barrier
+constexpr int WHO_HELPS = 1;         // hardware barrier
+using Row = float[32];               // of a thread: its dims of one row of attention
+constexpr int SENT = 32 / 4 + 1;     // float4 of a thread: those, the row's maximum and the sum of its weights
 
 template <bool Value>
 struct Masked {
@@ -38,6 +48,7 @@ struct Maps {
 
 struct Barriers {
     Barrier q_full[2], q_empty[2], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
+    Barrier sent[CONSUMERS], received[CONSUMERS];  // with SPLIT_KEYS: what each warpgroup sends
 };
 
 // What the copying thread tells of a tile, along with its q.
@@ -75,8 +86,12 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         for (int i = 0; i < STAGES; ++i) {
             barrier_init(&barriers.k_full[i], 1);
             barrier_init(&barriers.v_full[i], 1);
-            barrier_init(&barriers.k_empty[i], CONSUMERS * 4);
-            barrier_init(&barriers.v_empty[i], CONSUMERS * 4);
+            barrier_init(&barriers.k_empty[i], CONSUMERS / STRIDE * 4);
+            barrier_init(&barriers.v_empty[i], CONSUMERS / STRIDE * 4);
+        }
+        for (int i = 0; STRIDE > 1 && i < CONSUMERS; ++i) {
+            barrier_init(&barriers.sent[i], WARPGROUP);
+            barrier_init(&barriers.received[i], WARPGROUP);
         }
         barriers_initialised();
         prefetch(&maps.q), prefetch(&maps.k), prefetch(&maps.v);
@@ -144,7 +159,8 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
 
     const int group = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x % WARPGROUP / 32;
     const int lane = threadIdx.x % 32, quad = lane % 4;
-    const int row = group * 64 + warp * 16 + lane / 4;  // of the tile; the other: 8 on
+    const int row_group = STRIDE == 1 ? group : 0;
+    const int row = row_group * 64 + warp * 16 + lane / 4;  // of the tile; the other: 8 on
     const unsigned smem_address = shared_address(smem), ring_address = shared_address(ring);
     // Of the tile at hand. Step i has keys (last - i) * BLOCK_N on.
     unsigned q_address;
@@ -251,32 +267,34 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
     auto round = [&](int i, auto masked) {
         products_wait<0>();
         settled(out);
-        if (i > 1) release(&barriers.v_empty[i % STAGES]);
+        if (i >= STAGES) release(&barriers.v_empty[i % STAGES]);
         round_weights();
         start_scores(i);
-        start_sums(i - 1);
+        start_sums(i - STRIDE);
         products_wait<1>();
         settled(scores);
         release(&barriers.k_empty[i % STAGES]);
         softmax(i, masked);
     };
     // That may be the last step of the tile before. A tile's first step is no round, but its end releases as one does.
-    static_assert(STAGES == 2, "round i releases what step i - 2 took");
+    static_assert(STAGES == 2 * STRIDE, "round i releases what step i - STAGES took");
 
-    int i = 0;
+    int i = STRIDE == 1 ? 0 : group;  // this warpgroup's next step
+    int begin = 0, end;               // of all
 #pragma unroll 1
-    for (int n = 0;; ++n) {
+    for (int n = 0;; ++n, begin = end) {
         barrier_wait(&barriers.q_full[n % 2], n / 2 % 2);
         Tile tile = {};
         if (lane == 0) tile = tiles[n % 2];  // the lane that will say that q, and with it this, may go
         tile = {uniform(tile.first_place), uniform(tile.num_keys), uniform(tile.first_row), uniform(tile.q_head)};
         if (tile.num_keys == 0) return;
-        const int key_tiles = tile.key_tiles(), end = i + tile.steps(call);
+        const int key_tiles = tile.key_tiles();
+        end = begin + tile.steps(call);
         // Of steps with a key that some row precedes.
-        const int diagonal = min(end, i + key_tiles - (tile.first_place + 1) / BLOCK_N);
-        last = i + key_tiles - 1;
+        const int diagonal = min(end, begin + key_tiles - (tile.first_place + 1) / BLOCK_N);
+        last = begin + key_tiles - 1;
         first_place = tile.first_place + row;
-        q_address = smem_address + (n % 2 * Q + group * 64 * TILE_COLUMNS) * 2;
+        q_address = smem_address + (n % 2 * Q + row_group * 64 * TILE_COLUMNS) * 2;
 #ifdef WINDOW
         num_keys = tile.num_keys;
         key_positions = positions_of(call, tile.first_row / call.seq);
@@ -289,62 +307,100 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
 #pragma unroll
         for (int j = 0; j < 64; ++j) out[j] = 0.0f;
 
-        start_scores(i);
-        products_wait<0>();
-        settled(scores);
-        release(&barriers.k_empty[i % STAGES]);
-        softmax(i, Masked<true>());
+        if (STRIDE == 1 || i < end) {
+            start_scores(i);
+            products_wait<0>();
+            settled(scores);
+            release(&barriers.k_empty[i % STAGES]);
+            softmax(i, Masked<true>());
 
-        // What lies past the last key may be NaN, which a weight of zero does not help against.
-        const int valid = tile.num_keys - (key_tiles - 1) * BLOCK_N;
-        if (valid < BLOCK_N) {
-            __half* const v = ring + i % STAGES * STAGE + 2 * PARTS * KV_TILE;
-            barrier_wait(&barriers.v_full[i % STAGES], i / STAGES % 2);
-            for (int j = threadIdx.x - WARPGROUP; j < (BLOCK_N - valid) * 16; j += CONSUMERS * WARPGROUP)
-                reinterpret_cast<uint4*>(v + j % 2 * KV_TILE)[(valid + j / 16) * 8 + j / 2 % 8] = make_uint4(0, 0, 0, 0);
-            shared_to_async();
-            named_wait(CONSUMERS_ONLY, CONSUMERS * WARPGROUP);
-        }
+            // What lies past the last key may be NaN, which a weight of zero does not help against.
+            const int valid = tile.num_keys - (key_tiles - 1) * BLOCK_N;
+            if (valid < BLOCK_N && (STRIDE == 1 || i == begin)) {
+                constexpr int HELPERS = CONSUMERS / STRIDE * WARPGROUP;
+                __half* const v = ring + i % STAGES * STAGE + 2 * PARTS * KV_TILE;
+                barrier_wait(&barriers.v_full[i % STAGES], i / STAGES % 2);
+                for (int j = threadIdx.x % WARPGROUP + row_group * WARPGROUP; j < (BLOCK_N - valid) * 16; j += HELPERS)
+                    reinterpret_cast<uint4*>(v + j % 2 * KV_TILE)[(valid + j / 16) * 8 + j / 2 % 8] = make_uint4(0, 0, 0, 0);
+                shared_to_async();
+                named_wait(WHO_HELPS, HELPERS);
+            }
 
-        ++i;
+            i += STRIDE;
 #pragma unroll 1
-        for (; i < diagonal; ++i) round(i, Masked<true>());
+            for (; i < diagonal; i += STRIDE) round(i, Masked<true>());
 #ifdef WINDOW
 #pragma unroll 1
-        for (; i < end && !leaves_window(i); ++i) round(i, Masked<false>());
+            for (; i < end && !leaves_window(i); i += STRIDE) round(i, Masked<false>());
 #pragma unroll 1
-        for (; i < end; ++i) round(i, Masked<true>());
+            for (; i < end; i += STRIDE) round(i, Masked<true>());
 #else
 #pragma unroll 1
-        for (; i < end; ++i) round(i, Masked<false>());
+            for (; i < end; i += STRIDE) round(i, Masked<false>());
 #endif
-        release(&barriers.q_empty[n % 2]);
-        products_wait<0>();
-        settled(out);
-        if (i > 1) release(&barriers.v_empty[i % STAGES]);
-        round_weights();
-        start_sums(i - 1);
-        products_wait<0>();
-        settled(out);
+            release(&barriers.q_empty[n % 2]);
+            products_wait<0>();
+            settled(out);
+            if (i >= STAGES) release(&barriers.v_empty[i % STAGES]);
+            round_weights();
+            start_sums(i - STRIDE);
+            products_wait<0>();
+            settled(out);
+        } else {
+            release(&barriers.q_empty[n % 2]);
+        }
 
-        const float scale[2] = {1.0f / quad_sum(row_sum[0]), 1.0f / quad_sum(row_sum[1])};
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
+        // A row's sums, as its total leaves them; of the row 8 on with half 1.
+        auto store = [&](int half, const Row& sums, float total) {
             const int r = row + half * 8;
+            const float scale = 1.0f / total;
             __half* const target =
                 call.attention + (static_cast<long long>(tile.first_row + r) * call.num_q_heads + tile.q_head) * HEAD_DIM;
 #pragma unroll
             for (int j = 0; j < 16; j += 4) {
                 unsigned pairs[4];
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    const float* const sums = out + 4 * (j + e) + 2 * half;
-                    pairs[e] = pack(sums[0] * scale[half], sums[1] * scale[half]);
-                }
+                for (int e = 0; e < 4; ++e) pairs[e] = pack(sums[2 * (j + e)] * scale, sums[2 * (j + e) + 1] * scale);
                 transpose_quad(pairs);
                 if (r < tile.num_keys - tile.first_place)
                     *reinterpret_cast<uint4*>(target + 8 * (j + quad)) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
             }
+        };
+        const float totals[2] = {quad_sum(row_sum[0]), quad_sum(row_sum[1])};
+        Row rows[2];
+#pragma unroll
+        for (int j = 0; j < 64; ++j) rows[j % 4 / 2][j / 4 * 2 + j % 2] = out[j];
+#ifdef SPLIT_KEYS
+        // This warpgroup's row; what it has of the other's goes there.
+        Row kept, sent;
+#pragma unroll
+        for (int j = 0; j < 32; ++j) kept[j] = group ? rows[1][j] : rows[0][j], sent[j] = group ? rows[0][j] : rows[1][j];
+        float4* const mail = reinterpret_cast<float4*>(ring + STAGES * STAGE) + threadIdx.x % WARPGROUP;
+        float4* const to = mail + group * SENT * WARPGROUP;
+        const float4* const from = mail + (1 - group) * SENT * WARPGROUP;
+        if (n > 0) barrier_wait(&barriers.received[group], (n - 1) % 2);
+#pragma unroll
+        for (int j = 0; j < 32; j += 4)
+            to[j / 4 * WARPGROUP] = make_float4(sent[j], sent[j + 1], sent[j + 2], sent[j + 3]);
+        to[(SENT - 1) * WARPGROUP] =
+            make_float4(group ? row_max[0] : row_max[1], group ? totals[0] : totals[1], 0.0f, 0.0f);
+        barrier_arrive(&barriers.sent[group]);
+        barrier_wait(&barriers.sent[1 - group], n % 2);
+        const float4 other = from[(SENT - 1) * WARPGROUP];
+        // One of the two may have seen no key, but not both: a row sees its own.
+        const float own_max = group ? row_max[1] : row_max[0], largest = fmaxf(own_max, other.x);
+        const float own_share = exp2f((own_max - largest) * call.score_scale);
+        const float share = exp2f((other.x - largest) * call.score_scale);
+#pragma unroll
+        for (int j = 0; j < 32; j += 4) {
+            const float4 more = from[j / 4 * WARPGROUP];
+            kept[j] = fmaf(more.x, share, kept[j] * own_share), kept[j + 1] = fmaf(more.y, share, kept[j + 1] * own_share);
+            kept[j + 2] = fmaf(more.z, share, kept[j + 2] * own_share), kept[j + 3] = fmaf(more.w, share, kept[j + 3] * own_share);
         }
+        barrier_arrive(&barriers.received[1 - group]);
+        store(group, kept, fmaf(other.y, share, (group ? totals[1] : totals[0]) * own_share));
+#else
+        store(0, rows[0], totals[0]), store(1, rows[1], totals[1]);
+#endif
     }
 }

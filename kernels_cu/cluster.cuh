@@ -31,6 +31,14 @@ __device__ __forceinline__ unsigned address_in(int rank, const void* here) {
     return there;
 }
 
+// Store 16 bytes to another block's shared memory, where a barrier counts them; both addresses are from address_in. That block
+// must not end before.
+__device__ __forceinline__ void store_to(unsigned address, const float4& value, unsigned barrier) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+                 "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier)
+                 : "memory");
+}
+
 // 16 bytes of another block's shared memory, at an address from address_in. A cluster_sync() comes between whoever stored
 // them and this, and another before that block may end.
 __device__ __forceinline__ float4 load_from(unsigned address) {

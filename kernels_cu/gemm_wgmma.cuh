@@ -55,7 +55,8 @@ struct Cursor {
 struct Producer {
     Ring& ring;
     __half* smem;
-    Cursor at;
+    int first_k = 0;  // column of x and W where this block's k begin
+    Cursor at = {};
 
     __device__ __forceinline__ void wait() const { barrier_wait(&ring.empty[at.stage], at.parity ^ 1); }
 
@@ -66,8 +67,8 @@ struct Producer {
 #pragma unroll
         for (int n = first; n < first + BLOCK_N / CLUSTER; n += BOX_ROWS) {
             __half* const tile = smem + at.stage * STAGE + A_TILE + n * BLOCK_K;
-            if constexpr (CLUSTER == 1) load_quads(tile, w, &ring.full[at.stage], k, first_n + n);
-            else load_quads_to((1 << CLUSTER) - 1, tile, w, &ring.full[at.stage], k, first_n + n);
+            if constexpr (CLUSTER == 1) load_quads(tile, w, &ring.full[at.stage], first_k + k, first_n + n);
+            else load_quads_to((1 << CLUSTER) - 1, tile, w, &ring.full[at.stage], first_k + k, first_n + n);
         }
     }
 
@@ -106,7 +107,7 @@ struct Producer {
 #pragma unroll 1
         for (int step = 0; step < steps; ++step) {
             wait();
-            load_tile(smem + at.stage * STAGE, x, &ring.full[at.stage], k + step * BLOCK_K, first_m);
+            load_tile(smem + at.stage * STAGE, x, &ring.full[at.stage], first_k + k + step * BLOCK_K, first_m);
             at.advance();
         }
     }

@@ -101,6 +101,11 @@ INSTRUCTIONS = (
     ("mov.u32 %0, %%dynamic_smem_size;", "ptx_dynamic_shared", ""),
     ("mapa.shared::cluster.u32 %0, %1, %2;", "ptx_address_in", ""),
     ("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];", "ptx_load_there", ""),
+    (
+        "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];",
+        "ptx_store_there",
+        "",
+    ),
     ("elect.sync _|p, 0xffffffff; selp.u32 %0, 1, 0, p; }", "ptx_elect", ""),
     ("mbarrier.arrive.shared::cluster.b64 _, [%0];", "ptx_barrier_arrive_at", ""),
     ("setmaxnreg.inc.", "ptx_setmaxnreg", ""),
@@ -319,7 +324,7 @@ def kernel(name: str, macros: Macros, cluster: int = 1):
     alignment = re.search(r"extern __shared__ __align__\((\d+)\)", source)
     start = RESERVED + (int(alignment[1]) if alignment else 0)
     if "__cluster_dims__" in source:
-        cluster = int(dict(macros)["CLUSTER"])
+        cluster = int(dict(macros)["CLUSTER"]) * int(dict(macros).get("SPLITS", 1))
     has_maps = re.search(r"const __grid_constant__ Maps\b", source) is not None
     arguments = "*call, own" if has_maps else "*call"
     copy_maps = (

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import emulated_gpu
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ from conftest import make_hidden
 from test_emulated import BARS, HALVES, TAME, WILD, WINDOW, call, config_of, filled_cache, held, make_layer
 
 import cupy_attn as ca
-from cupy_attn import cuda, reference, workspace
+from cupy_attn import cuda, reference, wgmma, workspace
 
 FOLDED = ["project_qkv_wgmma"]
 QKV = ["normalise_rows", *FOLDED]
@@ -39,7 +41,8 @@ def launched(cluster, num_sms, monkeypatch):
     def planned(self, *args, **options):
         launches = plan(self, *args, **options)
         names.extend(one.name for one in launches)
-        assert all(dict(one.macros).get("CLUSTER", str(cluster)) == str(cluster) for one in launches)
+        for macros in (dict(one.macros) for one in launches):
+            assert "SPLITS" in macros or macros.get("CLUSTER", str(cluster)) == str(cluster)
         return launches
 
     monkeypatch.setattr(cuda.CudaBackend, "_plan_launches", planned)
@@ -108,6 +111,62 @@ def test_unequal_short_prompts(launched):
     assert launched == [*QKV, "attend_prefill", "project_output_few_wgmma"]
 
 
+SPLIT_TILES = ("project_output_wgmma", "SPLITS"), ("attend_wgmma", "SPLIT_KEYS")
+
+
+@pytest.fixture
+def macros(monkeypatch):
+    """Collect what those kernels that run are specialised for, by name."""
+    found, plan = {}, cuda.CudaBackend._plan_launches
+
+    def planned(self, *args, **options):
+        launches = plan(self, *args, **options)
+        found.update((one.name, dict(one.macros)) for one in launches)
+        return launches
+
+    monkeypatch.setattr(cuda.CudaBackend, "_plan_launches", planned)
+    return found
+
+
+@pytest.mark.parametrize("num_sms", [40])
+@pytest.mark.parametrize("seq", [257, 300, 448, 500])
+@pytest.mark.parametrize("k_norm_max", [TAME, MIDDLING], ids=["small", "normal"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_tiles_that_two_share(launched, macros, dtype, k_norm_max, seq):
+    """A prompt that has tiles for less than half of the GPU: two blocks of a product, two warpgroups of attention."""
+    layer = make_layer(config_of(2, 1, 128, 192), dtype, k_norm_max)
+    call(layer, filled_cache(layer, [0], seq + 3), seq)
+    assert all(macro in macros[name] for name, macro in SPLIT_TILES)
+
+
+@pytest.mark.parametrize("num_sms", [40])
+@pytest.mark.parametrize("window", [None, 40, 130, 1000])
+def test_shared_tiles_after_unequal_pasts(launched, macros, window):
+    """With one step of keys or many, which begin within a tile of queries; padding; positions with gaps."""
+    changes = {} if window is None else WINDOW | {"sliding_window": window}
+    layer = make_layer(config_of(2, 1, 128, 128, attention_bias=True, **changes), "float16", TAME)
+    positions = np.cumsum(np.random.default_rng(2).integers(1, 4, (4, 260)), 1)
+    call(layer, filled_cache(layer, [130, 0, 65, 7], 460, positions), 130, [130, 1, 64, 0])
+    call(layer, filled_cache(layer, [255, 3], 460, positions[:2]), 201, [201, 131])
+    assert all(macro in macros[name] for name, macro in SPLIT_TILES)
+
+
+@pytest.mark.parametrize("num_sms", [40])
+@pytest.mark.parametrize(("blocks", "window"), [(2, None), (4, None), (6, 100)])
+def test_shared_tiles_one_after_the_other(launched, macros, monkeypatch, blocks, window):
+    """On a GPU that holds fewer blocks at a time than there are tiles."""
+    for name in ("attend", "project_output"):
+        usual = getattr(wgmma, name)
+        monkeypatch.setattr(wgmma, name, lambda *a, usual=usual, **o: dataclasses.replace(usual(*a, **o), grid=blocks))
+    changes = {} if window is None else WINDOW | {"sliding_window": window}
+    layer = make_layer(config_of(2, 1, 128, 192, **changes), "bfloat16", TAME)
+    cache = filled_cache(layer, [0, 70], 700)
+    for seed, (seq, counts) in enumerate([(257, [257, 131]), (256, [1, 256])]):
+        call(layer, cache, seq, counts, seed=seed)
+        check_workspace()
+    assert all(macro in macros[name] for name, macro in SPLIT_TILES)
+
+
 def check_workspace():
     """Hold counters to the zero that the next kernel, whichever it is, must find; leave no other result behind."""
     (space,) = workspace._workspaces.values()
@@ -131,7 +190,8 @@ def test_blocks_that_attend_to_many_tiles(launched, monkeypatch, window, k_norm_
 
 
 @pytest.mark.parametrize(
-    ("num_sms", "seq", "last"), [(5, 150, "project_output_wgmma"), (20, 130, "project_output_few_wgmma")]
+    ("num_sms", "seq", "last"),
+    [(5, 150, "project_output_wgmma"), (20, 128, "project_output_few_wgmma"), (20, 130, "project_output_wgmma")],
 )
 def test_replays(launched, monkeypatch, seq, last):
     """Of a graph, the last of which has no room left and so no tiles."""

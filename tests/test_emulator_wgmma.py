@@ -426,3 +426,68 @@ def test_only_products_whose_operands_are_in_order_translate():
             emulated_gpu.translate(PRODUCT % rest)
     with pytest.raises(ValueError, match="cannot read"):
         emulated_gpu.translate('asm("bar.sync %0, %1;" :: PAIR(d));')
+
+
+NOT_WAITED, ANOTHER_BARRIER, TOO_FEW = range(1, 4)
+
+# Each thread of two blocks sends its number to the other block.
+STORE_KERNEL = """
+#include "call.cuh"
+#include "wgmma.cuh"
+
+enum { RIGHT, NOT_WAITED, ANOTHER_BARRIER, TOO_FEW };
+
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) trial(const __grid_constant__ Call call) {
+    extern __shared__ __align__(1024) float smem[];
+    __shared__ Barrier full;
+    const int other = rank_in_cluster() ^ 1, wrong = call.window, mine = 4 * threadIdx.x;
+    if (threadIdx.x == 0) {
+        barrier_init(&full, 1);
+        barriers_initialised();
+        barrier_expect(&full, (wrong == TOO_FEW ? 63 : 64) * 16);
+    }
+    cluster_sync();
+    const float number = 64.0f * blockIdx.x + threadIdx.x;
+    store_to(address_in(other, smem + mine), make_float4(number, 2 * number, 3 * number, 4 * number),
+             address_in(wrong == ANOTHER_BARRIER ? other ^ 1 : other, &full));
+    if (wrong != NOT_WAITED) barrier_wait(&full, 0);
+    for (int i = 0; i < 4; ++i) call.partial[256 * blockIdx.x + mine + i] = smem[mine + i];
+    cluster_sync();
+}
+"""
+
+
+@pytest.fixture(scope="module")
+def store_trial(tmp_path_factory):
+    """The kernel above on two clusters: a function of a seed and what to do wrong; whether the result is right."""
+    kernel = compiled(tmp_path_factory.mktemp("kernels"), STORE_KERNEL)
+    sent = np.arange(256, dtype=np.float32).reshape(2, 2, 64, 1) * np.arange(1, 5, dtype=np.float32)
+
+    def run(wrong, seed=0):
+        call, out = np.zeros(1, ca.cuda.CALL), np.full(sent.shape, np.nan, np.float32)
+        call["partial"], call["window"] = out.ctypes.data, wrong
+        kernel(4, 64, 1024, seed, call)
+        return np.array_equal(out, sent[:, ::-1])
+
+    return run
+
+
+def test_blocks_of_a_cluster_store_to_each_other(store_trial):
+    assert all(store_trial(RIGHT, seed) for seed in range(20))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        (NOT_WAITED, "a wrong result|the block ended"),
+        (ANOTHER_BARRIER, "a store that counts on the barrier of another block"),
+        (TOO_FEW, "more bytes were copied than a barrier expects|the block ended"),
+    ],
+)
+def test_stores_to_other_blocks_that_are_wrong_show(store_trial, wrong, says):
+    for seed in range(20):
+        try:
+            shown = "right" if store_trial(wrong, seed) else "a wrong result"
+        except AssertionError as error:
+            shown = str(error)
+        assert re.search(says, shown)

@@ -116,10 +116,11 @@ def test_who_takes_hoppers_own_kernels(monkeypatch):
     hopper = ["normalise_rows", "project_qkv_wgmma", "attend_wgmma", "project_output_wgmma"]
     few = "project_output_few_wgmma"
     assert names(seq=400) == hopper
-    assert names() == [*hopper[:3], few]  # 2 tiles of rows and 5 of columns would leave most of the GPU idle
+    assert names() == hopper
+    assert names(seq=200) == [*hopper[:3], few]  # 2 tiles of rows and 5 of columns would leave most of the GPU idle
     assert names(seq=100) == [*hopper[:2], portable[1], few]
-    assert names(limits=dataclasses.replace(cuda.H200, num_sms=38)) == hopper
-    assert names(batch_invariant=True) == hopper
+    assert names(seq=200, limits=dataclasses.replace(cuda.H200, num_sms=18)) == hopper
+    assert names(seq=200, batch_invariant=True) == hopper
     assert names(seq=400, folded=True) == hopper[1:]  # rows are not normalised ahead
     assert names(seq=8, folded=True) == names(collect=True, folded=True) == portable
     assert names(seq=400, windowed=True) == hopper
@@ -130,6 +131,26 @@ def test_who_takes_hoppers_own_kernels(monkeypatch):
     for value, wanted in (("1", False), ("0", True), ("", True)):
         monkeypatch.setenv(wgmma.PORTABLE_VARIABLE, value)
         assert wgmma.is_wanted() is wanted
+
+
+@pytest.mark.parametrize(
+    ("name", "seq", "keys", "k"),
+    [("0.6B", 128, True, False), ("0.6B", 257, True, True), ("0.6B", 512, True, True), ("0.6B", 513, True, False),
+     ("0.6B", 1056, False, False), ("8B", 512, True, False), ("8B", 513, False, False)],
+)  # fmt: skip
+def test_who_shares_tiles(name, seq, keys, k):
+    """Keys of attention, where every tile has a multiprocessor; k of the output, where half of them would have none."""
+
+    def shares(**changes) -> tuple[bool, bool]:
+        shape = launch.Shape("float16", 128, precise=False, windowed=False, float32_angles=False)
+        shape = dataclasses.replace(shape, **changes)
+        *_, attend, output = wgmma.prefill(CONFIGS[name], shape, cuda.H200, 1, seq, past_tiles=0, collect=False)
+        assert output.cluster == 1 or output.grid % output.cluster == 0
+        return "SPLIT_KEYS" in dict(attend.macros), "SPLITS" in dict(output.macros)
+
+    assert shares() == (keys, k)
+    assert shares(batch_invariant=True) == (False, False)  # other prompts may not change the order of sums
+    assert shares(precise=True) == (False, k)
 
 
 @pytest.mark.parametrize(

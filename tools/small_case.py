@@ -82,6 +82,8 @@ def small_runs() -> list[Small]:
         *(Small(*kind, batch=2, calls=(130, 130, 1), num_sms=2) for kind in both),  # from tile to tile, after a past
         *(Small(*kind, batch=12, calls=(70, 1), num_sms=2, portable=True) for kind in both),
         *(Small(dtype, False, calls=(130, 1), num_sms=num_sms) for dtype in DTYPES for num_sms in (8, 24)),
+        # Tiles that two share: blocks of a product; warpgroups of attention, from tile to tile.
+        *(Small(dtype, False, calls=(385,), heads=(8, 2), hidden_size=256, num_sms=34) for dtype in DTYPES),
         *(
             Small(dtype, False, batch=batch, calls=(1, 1), num_sms=num_sms)
             for dtype in DTYPES
@@ -104,6 +106,7 @@ def small_runs() -> list[Small]:
             for batch, heads, hidden_size, num_sms in FEW_TILES + (() if kind[1] else MORE_FEW_TILES)
         ),
         *(Small(*kind, calls=(70, 130, 1), window=SMALL_WINDOW) for kind in crossed),
+        Small("bfloat16", False, calls=(130,), window=SMALL_WINDOW, num_sms=4),
         *(Small(*kind, calls=(70, 20), stages=True) for kind in crossed),
     ]
 

@@ -8,8 +8,8 @@
 // inline PTX into calls of ptx_... below, and __shared__ variables into references to the block's own.
 //
 // Blocks of a cluster run at the same time. Now and then one of them is held back until the others can go no further. A
-// copy to several blocks lands in each of them on its own. It is an error if a block is copied to, or a barrier of it
-// arrived at, once it has ended.
+// copy to several blocks lands in each of them on its own. It is an error if a block is copied or stored to, or a barrier
+// of it arrived at, once it has ended.
 //
 // Of Hopper's units: a tensor copy lands between any two turns of threads and then counts on its barrier; a product of
 // a warpgroup reads its operands when it is issued, when it is committed or when it is waited for, and its sums are NaN
@@ -94,11 +94,12 @@ struct Map {
 struct TensorCopy {
     Block* block;  // whose memory and barrier it is to
     char* to;
-    Map map;
+    Map map;  // of no rows: 16 bytes that a thread stores to another block
     unsigned barrier;
     int column, row;
     Thread* by;
     unsigned turns;  // of threads, that it takes once it is looked at: about so many
+    float stored[4];
 };
 
 // Sums of a warpgroup that products under way add to, lane by lane.
@@ -320,7 +321,8 @@ inline void land_tensor_copy(bool must) {
     current = copy.by, block = copy.block;  // to blame; to count
     BarrierState* barrier = barrier_at(copy.barrier);
     if (barrier == nullptr) return;
-    barrier->bytes -= static_cast<int>(map.box_rows) * 128;
+    if (!map.box_rows) std::memcpy(copy.to, copy.stored, sizeof copy.stored);
+    barrier->bytes -= map.box_rows ? static_cast<int>(map.box_rows) * 128 : static_cast<int>(sizeof copy.stored);
     end_phase_if_done(copy.barrier, *barrier);
 }
 
@@ -826,6 +828,20 @@ inline void ptx_load_there(float& a, float& b, float& c, float& d, unsigned ther
     a = place[0], b = place[1], c = place[2], d = place[3];
 }
 
+// Into any block, where a barrier counts the bytes; it lands as a tensor copy does.
+inline void ptx_store_there(unsigned there, float a, float b, float c, float d, unsigned barrier) {
+    using namespace emulator;
+    const int rank = there >> RANK_BITS;
+    if (rank >= num_blocks) fail("a store to a block that is not of the cluster");
+    if (static_cast<int>(barrier >> RANK_BITS) != rank) fail("a store that counts on the barrier of another block");
+    if (!blocks[rank].alive) fail("a store to a block that has ended");
+    constexpr unsigned TURNS[] = {1, 16};
+    constexpr unsigned WITHIN = (1u << RANK_BITS) - 1;
+    TensorCopy copy = {&blocks[rank], nullptr, {}, barrier & WITHIN, 0, 0, current, TURNS[random_bits() % 2], {a, b, c, d}};
+    copy.to = copy.block->memory + (shared(there & WITHIN, 16) - block->memory);
+    tensor_copies.push_back(copy);
+}
+
 // The same of a barrier in any block.
 inline void ptx_barrier_arrive_at(unsigned there) {
     using namespace emulator;
@@ -885,7 +901,7 @@ inline void tensor_copy_to(int rank, unsigned to, const void* map, unsigned barr
     using namespace emulator;
     if (!blocks[rank].alive) fail("a copy to a block that has ended");
     constexpr unsigned TURNS[] = {1, 64, 4096, 4096};
-    TensorCopy copy = {&blocks[rank], nullptr, {}, barrier, column, row, current, TURNS[random_bits() % 4]};
+    TensorCopy copy = {&blocks[rank], nullptr, {}, barrier, column, row, current, TURNS[random_bits() % 4], {}};
     std::memcpy(&copy.map, map, sizeof copy.map);
     if (copy.map.by_quads != by_quads) fail("a tensor map of another number of dimensions");
     if (copy.map.box_columns != 64 || copy.map.box_rows < 1 || copy.map.box_rows > 256) fail("not a tensor map");
