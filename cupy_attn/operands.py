@@ -18,6 +18,7 @@ from .weights import AttentionWeights
 OPERAND_BITS, VALUE_BITS = 15, 11
 # The same of 8-bit weights of K; and what storage.cuh multiplies their operands by.
 REST_BITS, E4M3_SCALE = 8, 32.0
+TURN_SCALE = 1 / 8  # attend_decode.cu: room for keys that are not normalised yet
 
 
 def power_of_two(largest: float, bits: int) -> float:
@@ -85,7 +86,7 @@ class Operands:
             norms[name] = wide[name] * np.float32(factor * scale), scale
         (q_norm, q_scale), (k_norm, k_scale) = norms["q_norm"], norms["k_norm"]
         self.q_norm, self.k_norm = cupy.asarray(q_norm), cupy.asarray(k_norm)
-        self.k_turns = None if angles == "float32" else cupy.asarray(key_turns(config, k_norm))
+        self.k_turns = None if angles == "float32" else cupy.asarray(key_turns(config, k_norm * np.float32(TURN_SCALE)))
         self.qkv_bias = None if "qkv_bias" not in wide else cupy.asarray(wide["qkv_bias"])
         self.o_bias = None if "o_bias" not in wide else cupy.asarray(wide["o_bias"])
         self.frequency = cupy.asarray(angle_frequencies(config, angles))
@@ -114,7 +115,7 @@ def angle_frequencies(config: AttentionConfig, angles: str) -> np.ndarray:
 
 
 def key_turns(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:
-    """Return what attend_decode.cu multiplies normalised keys with, [DECODE_TILE, D/2, 4] float32.
+    """Return what attend_decode.cu multiplies cached keys with, [DECODE_TILE, D/2, 4] float32.
 
     Of key ``offset`` of a tile and a pair of dims, w its two weights: w_low cos, w_high sin, w_high cos, w_low sin. Odd
     offsets have neighbouring pairs in opposite order, as the kernel reads them.

@@ -28,6 +28,15 @@ constexpr bool SHORT_OF_REGISTERS = OVERLAPPING && (WARPS > 8 || (HEAD_DIM <= 12
 constexpr int MOST_REGISTERS = SHORT_OF_REGISTERS ? 168 : 255;
 constexpr int D_BLOCKS = HEAD_DIM / 8;
 
+// Where angles come from the table, keys are rotated as they were cached and the norm goes to their scores. The table is so much
+// smaller than float16 allows for normalised keys; those whose reciprocal norm is not between these are first brought near one.
+#ifdef FLOAT32_ANGLES
+constexpr bool NORMALISES_SCORES = false;
+#else
+constexpr bool NORMALISES_SCORES = true;
+#endif
+constexpr float TURN_UNSCALE = 8.0f, LEAST_RSTD = 0.07f, MOST_RSTD = PARTS == 2 ? 16.0f : 2048.0f;
+
 // A value the compiler takes to be unknown until here.
 __device__ __forceinline__ int work_out_here(int value) {
     asm volatile("" : "+r"(value));
@@ -260,6 +269,24 @@ attend_decode(const __grid_constant__ Call call)
                 rstd[n] = rsqrtf(rstd[n] * (1.0f / HEAD_DIM) + call.eps);
                 offsets[n] = __shfl_sync(0xffffffffu, own_position, n * 8 + lane / 4);
             }
+            float score_scale[2] = {call.score_scale, call.score_scale};
+            if (NORMALISES_SCORES) {
+                const auto is_far = [&](int n) { return !(rstd[n] > LEAST_RSTD && rstd[n] <= MOST_RSTD); };
+                if (__any_sync(0xffffffffu, is_far(0) || is_far(1))) {
+#pragma unroll
+                    for (int n = 0; n < 2; ++n) {
+                        const float power = fminf(__uint_as_float(__float_as_uint(rstd[n]) & 0x7f800000u), 32768.0f);
+                        const unsigned pair = pack(power, power, STORAGE());
+                        rstd[n] = __fdividef(rstd[n], power);
+#pragma unroll
+                        for (int j = 0; j < HALF_BLOCKS; ++j)
+#pragma unroll
+                            for (int half = 0; half < 2; ++half)
+                                k_raw[j][2 * n + half] = multiply_pairs(k_raw[j][2 * n + half], pair, STORAGE());
+                    }
+                }
+                score_scale[0] *= rstd[0] * TURN_UNSCALE, score_scale[1] *= rstd[1] * TURN_UNSCALE;
+            }
             const bool has_new = has_new_tokens(at);
             const auto is_hidden = [&](int n, int t, int e) {
                 const int key = n * 8 + lane / 4;
@@ -321,8 +348,10 @@ attend_decode(const __grid_constant__ Call call)
 #pragma unroll
                     for (int n = 0; n < 2; ++n) {
                         const float4 even = turn_of(n, j, 0), odd = turn_of(n, j, 1);
-                        float2 a = unpack(k_raw[j][2 * n], STORAGE()), c = unpack(k_raw[j][2 * n + 1], STORAGE());
-                        a.x *= rstd[n], a.y *= rstd[n], c.x *= rstd[n], c.y *= rstd[n];
+                        // Or bfloat16 would be widened before the loop over passes, to more floats than there are registers.
+                        float2 a = unpack(work_out_here(k_raw[j][2 * n]), STORAGE());
+                        float2 c = unpack(work_out_here(k_raw[j][2 * n + 1]), STORAGE());
+                        if (!NORMALISES_SCORES) a.x *= rstd[n], a.y *= rstd[n], c.x *= rstd[n], c.y *= rstd[n];
                         const float2 low = make_float2(a.x * even.x - c.x * even.y, a.y * odd.x - c.y * odd.y);
                         const float2 high = make_float2(c.x * even.z + a.x * even.w, c.y * odd.z + a.y * odd.w);
                         k_frag[n] = pack(low.x, low.y);
@@ -346,10 +375,12 @@ attend_decode(const __grid_constant__ Call call)
 #pragma unroll
                 for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
-                    for (int e = 0; e < 4; ++e)
+                    for (int e = 0; e < 4; ++e) {
+                        scores[t][e] *= score_scale[e / 2];
                         if (is_hidden(e / 2, IS_ONE ? 0 : t, IS_ONE ? 0 : e % 2) ||
                             (gaps && static_cast<unsigned>(offsets[e / 2] - base) >= TILE))
                             scores[t][e] = MINUS_INFINITY;
+                    }
 
                 // Weights are relative to a score that was the largest once; it is raised when that is MOST too small.
                 float weights[HEAD_TILES][4];
@@ -359,7 +390,7 @@ attend_decode(const __grid_constant__ Call call)
                     for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
                         for (int e = 0; e < 4; ++e) {
-                            weights[t][e] = fmaf(scores[t][e], call.score_scale, -shift[t][e % 2]);
+                            weights[t][e] = scores[t][e] - shift[t][e % 2];
                             // Rows past the last have what was left of another head.
                             if (!BY_PIECES || 8 * t + 2 * quad + e % 2 < rows) most = fmaxf(most, weights[t][e]);
                         }

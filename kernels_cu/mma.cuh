@@ -135,6 +135,17 @@ __device__ __forceinline__ float2 unpack(unsigned pair, __nv_bfloat16) {
     return __bfloat1622float2(*reinterpret_cast<const __nv_bfloat162*>(&pair));
 }
 
+// Products of two pairs.
+__device__ __forceinline__ unsigned multiply_pairs(unsigned a, unsigned b, __half) {
+    const __half2 product = __hmul2(*reinterpret_cast<const __half2*>(&a), *reinterpret_cast<const __half2*>(&b));
+    return *reinterpret_cast<const unsigned*>(&product);
+}
+
+__device__ __forceinline__ unsigned multiply_pairs(unsigned a, unsigned b, __nv_bfloat16) {
+    const __nv_bfloat162 product = __hmul2(*reinterpret_cast<const __nv_bfloat162*>(&a), *reinterpret_cast<const __nv_bfloat162*>(&b));
+    return *reinterpret_cast<const unsigned*>(&product);
+}
+
 // What rounding a pair to 16 bits left over, itself rounded: x = high + low to twice the bits.
 template <typename T>
 __device__ __forceinline__ unsigned pack_rest(float low, float high, unsigned rounded, T type) {

@@ -105,6 +105,22 @@ def test_decode_at_the_edges_of_tiles(gpu, shape, dtype):
         call(layer, filled_cache(layer, [length], length + 1), 1)
 
 
+@pytest.mark.parametrize("k_norm_max", [TAME, WILD])
+@pytest.mark.parametrize(("dtype", "least", "most"), [("float16", -13, 12), ("bfloat16", -40, 40)])
+@pytest.mark.parametrize("angles", ["float64", "float32"])
+def test_decode_of_keys_of_any_norm(gpu, dtype, least, most, k_norm_max, angles):
+    """Small, large or zero, some tiles with a few of them: scores are normalised, and float16 holds what is not."""
+    layer = make_layer(config_of(4, 2, 128, 264), dtype, k_norm_max, angles=angles)
+    cache, rng = filled_cache(layer, [300, 20, 65], 305), np.random.default_rng(3)
+    for b, length in enumerate(cache.lengths):
+        powers = np.ldexp(1.0, rng.integers(least, most, (2, length, 1)) * (rng.random((2, length, 1)) < 0.1))
+        powers[:, 7] = 0.0
+        keys = cache.k_heads[b, :, :length]
+        keys[...] = (keys * powers).astype(keys.dtype)
+    call(layer, cache, 1)
+    call(layer, cache, 3)
+
+
 @pytest.mark.parametrize("num_sms", [1, 2, 3, 40])
 def test_decode_on_gpus_of_any_size(monkeypatch, num_sms):
     emulated_gpu.pretend(monkeypatch, num_sms)

@@ -71,6 +71,9 @@ inline __half __float2half_rn(float f) { return __half(f); }
 inline float __half2float(__half h) { return h; }
 inline __half2 __floats2half2_rn(float a, float b) { return {__half(a), __half(b)}; }
 inline float2 __half22float2(__half2 h) { return {h.x, h.y}; }
+inline __half2 __hmul2(__half2 a, __half2 b) {
+    return {__half(float(a.x) * float(b.x)), __half(float(a.y) * float(b.y))};
+}
 
 struct __nv_bfloat16 {
     uint16_t bits;
@@ -82,5 +85,8 @@ struct __nv_bfloat16 {
     operator float() const { return float_of(static_cast<uint32_t>(bits) << 16); }
 };
 struct alignas(4) __nv_bfloat162 { __nv_bfloat16 x, y; };
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+    return {__nv_bfloat16(float(a.x) * float(b.x)), __nv_bfloat16(float(a.y) * float(b.y))};
+}
 inline __nv_bfloat162 __floats2bfloat162_rn(float a, float b) { return {__nv_bfloat16(a), __nv_bfloat16(b)}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 h) { return {h.x, h.y}; }
