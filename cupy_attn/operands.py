@@ -18,6 +18,7 @@ from .weights import AttentionWeights
 OPERAND_BITS, VALUE_BITS = 15, 11
 # The same of 8-bit weights of K; and what storage.cuh multiplies their operands by.
 REST_BITS, E4M3_SCALE = 8, 32.0
+STEP = 8  # positions from one row of a thread of finish_heads.cuh to the other
 TURN_SCALE = 1 / 8  # attend_decode.cu: room for keys that are not normalised yet
 
 
@@ -89,7 +90,7 @@ class Operands:
         self.k_turns = None if angles == "float32" else cupy.asarray(key_turns(config, k_norm * np.float32(TURN_SCALE)))
         self.qkv_bias = None if "qkv_bias" not in wide else cupy.asarray(wide["qkv_bias"])
         self.o_bias = None if "o_bias" not in wide else cupy.asarray(wide["o_bias"])
-        self.frequency = cupy.asarray(angle_frequencies(config, angles))
+        self.frequency = cupy.asarray(np.r_[angle_frequencies(config, angles), step_turns(config).view(np.uint64).ravel()])
         self.scalars = {
             "qkv_scale": hidden_scale * qkv_scale, "qkv_unscale": 1 / (hidden_scale * qkv_scale),
             "folded_rescale": hidden_scale * qkv_scale / folded_scale,
@@ -112,6 +113,12 @@ def angle_frequencies(config: AttentionConfig, angles: str) -> np.ndarray:
         return inv_freq.view(np.uint32).astype(np.uint64) << np.uint64(32)
     turns = inv_freq / (2 * np.pi)
     return np.array([int(turn * 2**64) % 2**64 for turn in turns.tolist()], np.uint64)
+
+
+def step_turns(config: AttentionConfig) -> np.ndarray:
+    """Return the cosine and sine of each pair's angle over the STEP positions of finish_heads.cuh, [D/2, 2] float32."""
+    inv_freq, _ = inverse_frequencies(config, angles="float64")
+    return np.stack([np.cos(STEP * inv_freq), np.sin(STEP * inv_freq)], axis=-1).astype(np.float32)
 
 
 def key_turns(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:

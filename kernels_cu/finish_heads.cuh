@@ -24,16 +24,18 @@ static_assert(HEAD_DIM == 128 && BLOCK_N % HEAD_DIM == 0, "a tile holds whole he
 struct Tables {
     float norms[2][HEAD_DIM];  // of queries, of keys
     unsigned long long frequency[HEAD_DIM / 2];
+    float2 step[HEAD_DIM / 2];  // cosine and sine of the angles over STEP positions
 
     // A share of it, by each of some threads; then copies_commit(), copies_wait<0>() and a barrier between them.
     __device__ __forceinline__ void fetch(const Call& call, int thread) {
         constexpr int SIZE = sizeof(frequency), PIECES = SIZE / 16;
-        static_assert(sizeof(norms) == 2 * SIZE, "each of the three takes as many threads");
-        if (thread >= 3 * PIECES) return;
+        static_assert(sizeof(norms) == 2 * SIZE && sizeof(step) == SIZE, "each of the four takes as many threads");
+        if (thread >= 4 * PIECES) return;
         const void* const from[] = {call.q_norm, call.k_norm, call.frequency};
         const int which = thread / PIECES;
         const char* const source = static_cast<const char*>(which == 0 ? from[0] : which == 1 ? from[1] : from[2]);
-        copy16_async(reinterpret_cast<char*>(this) + thread * 16, source + thread % PIECES * 16, true);
+        const int piece = which < 2 ? thread % PIECES : thread - 2 * PIECES;  // steps stand behind frequencies
+        copy16_async(reinterpret_cast<char*>(this) + thread * 16, source + piece * 16, true);
     }
 };
 
@@ -85,6 +87,13 @@ struct Rows {
             if (m[half] >= num_rows) place[half].x = PADDING;
     }
 };
+
+constexpr int STEP = 8;  // positions from a thread's first row to its second, where they follow one another
+#ifdef FLOAT32_ANGLES
+constexpr bool MAY_STEP = false;
+#else
+constexpr bool MAY_STEP = PARTS == 1;
+#endif
 
 using Head = float[VECTORS][VECTOR];     // what a thread has of one row
 using Turns = float[PAIRED][VECTOR][2];  // cosine and sine of its pairs of dims
@@ -194,6 +203,10 @@ __device__ __forceinline__ void finish_head(const Call& call, const Tables& tabl
 __device__ __forceinline__ void finish_tile(const Call& call, const Tables& tables, const gemm::Sums& sums, const Rows& rows,
                                             int first_head) {
     const int num_rotated = call.num_q_heads + call.num_kv_heads, num_heads = num_rotated + call.num_kv_heads;
+    // Angles of a position with bit STEP are always those of the one STEP before, turned: bits follow from the position alone. Most
+    // rows are such a pair. Then the second needs no sines and cosines of its own, which the GPU has few units for. On the precise
+    // path errors of both would add up to too much.
+    const bool is_pair = MAY_STEP && !__any_sync(0xffffffffu, rows.place[1].y != rows.place[0].y + STEP || (rows.place[0].y & STEP));
     Turns turns;  // the same for both heads
 #pragma unroll 1
     for (int piece = 0; piece < 2 * HEADS_A_TILE; ++piece) {
@@ -202,14 +215,27 @@ __device__ __forceinline__ void finish_tile(const Call& call, const Tables& tabl
         const float factor = half ? rows.factor[1] : rows.factor[0];
         if (number >= num_heads) continue;
         if (piece % HEADS_A_TILE == 0 && number < num_rotated) {
+            const int steps = MAY_STEP ? place.y & STEP : 0;
+            if (half == 0 || !is_pair) {
 #pragma unroll
-            for (int v = 0; v < PAIRED; ++v)
+                for (int v = 0; v < PAIRED; ++v)
 #pragma unroll
-                for (int i = 0; i < VECTOR; i += 2) {
-                    const uint4 two = *reinterpret_cast<const uint4*>(tables.frequency + dim_of(v) + i);
-                    rotation(place.y, make_uint2(two.x, two.y), turns[v][i][0], turns[v][i][1]);
-                    rotation(place.y, make_uint2(two.z, two.w), turns[v][i + 1][0], turns[v][i + 1][1]);
-                }
+                    for (int i = 0; i < VECTOR; i += 2) {
+                        const uint4 two = *reinterpret_cast<const uint4*>(tables.frequency + dim_of(v) + i);
+                        rotation(place.y - steps, make_uint2(two.x, two.y), turns[v][i][0], turns[v][i][1]);
+                        rotation(place.y - steps, make_uint2(two.z, two.w), turns[v][i + 1][0], turns[v][i + 1][1]);
+                    }
+            }
+            if (steps) {
+#pragma unroll
+                for (int v = 0; v < PAIRED; ++v)
+#pragma unroll
+                    for (int i = 0; i < VECTOR; i += 2) {
+                        const float4 two = *reinterpret_cast<const float4*>(tables.step + dim_of(v) + i);
+                        rotate(turns[v][i][0], turns[v][i][1], two.x, two.y);
+                        rotate(turns[v][i + 1][0], turns[v][i + 1][1], two.z, two.w);
+                    }
+            }
         }
         Head head;
         if (half == 0) {

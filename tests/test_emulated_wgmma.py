@@ -114,6 +114,27 @@ def test_unequal_short_prompts(launched):
 SPLIT_TILES = ("project_output_wgmma", "SPLITS"), ("attend_wgmma", "SPLIT_KEYS")
 
 
+@pytest.mark.parametrize("seq", [130, 133])
+@pytest.mark.parametrize("k_norm_max", [TAME, MIDDLING, WILD], ids=["small", "normal", "precise"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_batch_invariance(launched, dtype, k_norm_max, seq):
+    """Whatever a thread's other row is, and wherever in its tile a position falls."""
+    layer = make_layer(config_of(4, 2, 128, 128), dtype, k_norm_max, batch_invariant=True)
+    lengths = [0, 15, 3]
+    full, x = filled_cache(layer, lengths, 150), make_hidden(layer.config, 3, seq, dtype=dtype)
+
+    def some(rows):
+        cache = layer.new_cache(len(rows), 150)
+        cache.k_heads[:], cache.v_heads[:] = full.k_heads[rows], full.v_heads[rows]
+        cache.assume([lengths[row] for row in rows])
+        return layer(layer._backend.xp.asarray(x[rows]), cache)
+
+    whole = np.array(some([0, 1, 2]))
+    for rows in ([0], [1], [2, 1]):
+        assert np.array_equal(whole[rows], np.array(some(rows)))
+    assert {"project_qkv_wgmma", "attend_wgmma"} <= set(launched)
+
+
 @pytest.fixture
 def macros(monkeypatch):
     """Collect what those kernels that run are specialised for, by name."""
