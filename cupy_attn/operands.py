@@ -90,7 +90,8 @@ class Operands:
         self.k_turns = None if angles == "float32" else cupy.asarray(key_turns(config, k_norm * np.float32(TURN_SCALE)))
         self.qkv_bias = None if "qkv_bias" not in wide else cupy.asarray(wide["qkv_bias"])
         self.o_bias = None if "o_bias" not in wide else cupy.asarray(wide["o_bias"])
-        self.frequency = cupy.asarray(np.r_[angle_frequencies(config, angles), step_turns(config).view(np.uint64).ravel()])
+        steps = step_turns(config).view(np.uint64).ravel()
+        self.frequency = cupy.asarray(np.concatenate([angle_frequencies(config, angles), steps]))
         self.scalars = {
             "qkv_scale": hidden_scale * qkv_scale, "qkv_unscale": 1 / (hidden_scale * qkv_scale),
             "folded_rescale": hidden_scale * qkv_scale / folded_scale,

@@ -287,6 +287,14 @@ def test_turns_of_keys_rotate_and_scale_them():
         assert np.abs(rotated - np.asarray(expected).reshape(48)).max() < 1e-5
 
 
+def test_step_turns_lead_from_one_row_to_the_next():
+    config = make_config(head_dim=48, rope_theta=1e4)
+    cosine, sine = operands.step_turns(config).astype(np.float64).T
+    cos, sin = (np.asarray(part)[..., :24] for part in ca.rope_angles(config, np.array([5, 5 + operands.STEP])))
+    assert np.abs(cos[0] * cosine - sin[0] * sine - cos[1]).max() < 1e-6
+    assert np.abs(sin[0] * cosine + cos[0] * sine - sin[1]).max() < 1e-6
+
+
 @pytest.mark.parametrize("theta", [1e4, 1e6])
 def test_angles_from_integers_are_right_at_any_position(theta):
     """What rope.cuh does, in NumPy's integers: turns modulo one, 23 bits of them."""
