@@ -256,16 +256,20 @@ class CudaBackend:
         if step is None:
             return None
         stream = xp.cuda.get_current_stream()
-        if not step.serves(self, stream.ptr) or stream.is_capturing() or not step.takes(x, xp.ndarray):
+        if not step.serves(self, stream.ptr) or stream.is_capturing():
             return None
-        if residual is not None and residual is not x and not step.takes(residual, xp.ndarray):
-            return None
-        if out is None:
-            out = xp.empty(step.shape, step.dtype)
-        elif not step.takes(out, xp.ndarray) or not _writable_in_place(out, residual):
-            return None
+        if not step.repeats(x, residual, out):
+            if not step.takes(x, xp.ndarray):
+                return None
+            if residual is not None and residual is not x and not step.takes(residual, xp.ndarray):
+                return None
+            if out is None:
+                out = xp.empty(step.shape, step.dtype)
+            elif not step.takes(out, xp.ndarray) or not _writable_in_place(out, residual):
+                return None
+            step.use(x, residual, out)
         cache.step = None  # until all of it is done: an interrupt must not leave half a step to be repeated
-        step.launch(x.data.ptr, 0 if residual is None else residual.data.ptr, out.data.ptr)
+        step.launch()
         cache.count_step()
         cache.step = step
         return out

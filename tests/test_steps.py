@@ -83,6 +83,28 @@ def test_arrays_may_differ_from_step_to_step(planned):
     assert len(planned) == 1 + 4
 
 
+def test_the_same_arrays_again(planned):
+    """With new content, without a residual that was there, and in another shape, which is looked at anew."""
+    layer, xs = make_layer(), tokens(7)
+    cache, other, xp = layer.new_cache(1, 12), layer.new_cache(1, 12), sys.modules["cupy"]
+    x, residual, out = (xp.zeros(xs[0].shape, xs[0].dtype) for _ in range(3))
+    for new, added in zip(xs, [residual, residual, x, x, None, None, residual], strict=True):
+        x[...], residual[...] = new, 2 * new
+        wanted = np.array(slowly(layer, other, x, residual=added))
+        assert same(layer(x, cache, residual=added, out=out), wanted)
+    assert len(planned) == len(xs) + 1
+    for array in (residual, out, x):
+        array.shape = (1, CONFIG.hidden_size, 1)
+        with pytest.raises(ca.InputError, match=r"shape .*1, 72, 1"):
+            layer(x, cache, residual=residual, out=out)
+        array.shape = xs[0].shape
+    assert cache.lengths.tolist() == [len(xs)]
+    planned.clear()
+    layer(x, cache, residual=residual, out=out)
+    layer(x, cache, residual=residual, out=out)
+    assert len(planned) <= 1
+
+
 def test_what_no_step_takes_is_planned(planned):
     layer, (a, b, c) = make_layer(), tokens(3)
     cache, xp = layer.new_cache(1, 40), sys.modules["cupy"]
