@@ -33,16 +33,23 @@ def num_sms():
 
 
 @pytest.fixture
-def launched(cluster, num_sms, monkeypatch):
+def macros():
+    """What those kernels that ran last are specialised for, by name."""
+    return {}
+
+
+@pytest.fixture
+def launched(cluster, num_sms, macros, monkeypatch):
     """Collect the names of the kernels that run."""
     emulated_gpu.pretend(monkeypatch, num_sms=num_sms, cluster=cluster)
     names, plan = [], cuda.CudaBackend._plan_launches
 
     def planned(self, *args, **options):
         launches = plan(self, *args, **options)
-        names.extend(one.name for one in launches)
-        for macros in (dict(one.macros) for one in launches):
-            assert "SPLITS" in macros or macros.get("CLUSTER", str(cluster)) == str(cluster)
+        for one in launches:
+            names.append(one.name)
+            macros[one.name] = found = dict(one.macros)
+            assert "SPLITS" in found or found.get("CLUSTER", str(cluster)) == str(cluster)
         return launches
 
     monkeypatch.setattr(cuda.CudaBackend, "_plan_launches", planned)
@@ -111,9 +118,6 @@ def test_unequal_short_prompts(launched):
     assert launched == [*QKV, "attend_prefill", "project_output_few_wgmma"]
 
 
-SPLIT_TILES = ("project_output_wgmma", "SPLITS"), ("attend_wgmma", "SPLIT_KEYS")
-
-
 @pytest.mark.parametrize("seq", [130, 133])
 @pytest.mark.parametrize("k_norm_max", [TAME, MIDDLING, WILD], ids=["small", "normal", "precise"])
 @pytest.mark.parametrize("dtype", HALVES)
@@ -135,18 +139,7 @@ def test_batch_invariance(launched, dtype, k_norm_max, seq):
     assert {"project_qkv_wgmma", "attend_wgmma"} <= set(launched)
 
 
-@pytest.fixture
-def macros(monkeypatch):
-    """Collect what those kernels that run are specialised for, by name."""
-    found, plan = {}, cuda.CudaBackend._plan_launches
-
-    def planned(self, *args, **options):
-        launches = plan(self, *args, **options)
-        found.update((one.name, dict(one.macros)) for one in launches)
-        return launches
-
-    monkeypatch.setattr(cuda.CudaBackend, "_plan_launches", planned)
-    return found
+SPLIT_TILES = ("project_output_wgmma", "SPLITS"), ("attend_wgmma", "SPLIT_KEYS")
 
 
 @pytest.mark.parametrize("num_sms", [40])
@@ -281,20 +274,26 @@ def test_notes_of_rows_in_replays(launched, monkeypatch):
         assert int(cache.device_lengths[0]) == 150, turn
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
-def test_a_call_that_ended_halfway_leaves_no_notes(launched, monkeypatch, error):
-    layer = make_layer(config_of(2, 1, 128, 64), "float16", TAME)
-    run, x = emulated_gpu.EmulatedLauncher.bind, prompt_of(layer, 150, 1.0)
+def end_halfway(layer, monkeypatch, error):
+    """Call the layer on other rows of as many tokens; their notes are made, but not counted."""
+    bind = emulated_gpu.EmulatedLauncher.bind
 
     def fail():
         raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(emulated_gpu.EmulatedLauncher, "bind", lambda self, *args: (
-            fail if self._launch.name == "attend_wgmma" else run(self, *args)
+            fail if self._launch.name == "attend_wgmma" else bind(self, *args)
         ))  # fmt: skip
         with pytest.raises(error):
             layer(prompt_of(layer, 150, 16.0), layer.new_cache(1, 150))
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_call_that_ended_halfway_leaves_no_notes(launched, monkeypatch, error):
+    layer = make_layer(config_of(2, 1, 128, 64), "float16", TAME)
+    x = prompt_of(layer, 150, 1.0)
+    end_halfway(layer, monkeypatch, error)
     check_folded(layer, x, layer(x, layer.new_cache(1, 150)))
 
 
@@ -305,17 +304,7 @@ def test_a_replay_after_a_call_that_ended_halfway(launched, monkeypatch):
     given = layer._backend.xp.asarray(x)
     y, replay = emulated_gpu.capture(monkeypatch, lambda: layer(given, cache))
     replay()
-    bind = emulated_gpu.EmulatedLauncher.bind
-
-    def fail():
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(emulated_gpu.EmulatedLauncher, "bind", lambda self, *args: (
-            fail if self._launch.name == "attend_wgmma" else bind(self, *args)
-        ))  # fmt: skip
-        with pytest.raises(KeyboardInterrupt):
-            layer(prompt_of(layer, 150, 16.0), layer.new_cache(1, 150))
+    end_halfway(layer, monkeypatch, KeyboardInterrupt)
     (space,) = workspace._workspaces.values()
     assert not space._buffers["notes"].any()
     cache.reset()
