@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
 pytest.importorskip("cupy")
 
@@ -54,6 +55,29 @@ def test_small_runs_let_blocks_of_attention_go_from_tile_to_tile_after_a_past():
         tiles = [-(-seq // wgmma.BLOCK_M) * run.heads[0] * run.batch for seq in run.calls if seq >= wgmma.LEAST_QUERIES]
         several += [(run.dtype, run.precise) for grid, count in zip(grids[1:], tiles[1:], strict=False) if grid < count]
     assert set(several) == {(dtype, precise) for dtype in small_case.DTYPES for precise in (False, True)}
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 500])
+def test_shares_of_the_small_runs_are_all_of_them(n):
+    runs = small_case.small_runs()
+    shares = [small_case.share_of(runs, (i + 1, n)) for i in range(n)]
+    assert sorted(run.text for share in shares for run in share) == sorted(run.text for run in runs)
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize("text", ["3", "0/2", "3/2", "1/0", "-1/2", "1/2/3", "a/b"])
+def test_what_is_no_share_is_refused(text):
+    done = CliRunner().invoke(small_case.main, ["--share", text])
+    assert done.exit_code == 2
+    assert f"'{text}' is no share; give I/N, such as 1/3, with I from 1 to N." in " ".join(done.output.split())
+
+
+def test_one_share_that_is_not_clean_is_the_verdict_on_all():
+    clean, bad = "0 hazards displayed (0 errors, 0 warnings)", "FAILED: took more than 270 s"
+    assert gpu_report.of_all([clean, clean, clean]) == clean
+    assert gpu_report.of_all([clean, bad, clean]) == gpu_report.of_all([bad]) == bad
+    assert gpu_report.is_clean("0 errors")
+    assert not any(map(gpu_report.is_clean, (bad, "10 errors", "not installed", "2 hazards displayed")))
 
 
 @pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
