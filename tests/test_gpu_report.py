@@ -57,7 +57,7 @@ def test_small_runs_let_blocks_of_attention_go_from_tile_to_tile_after_a_past():
     assert set(several) == {(dtype, precise) for dtype in small_case.DTYPES for precise in (False, True)}
 
 
-@pytest.mark.parametrize("n", [1, 2, 3, 500])
+@pytest.mark.parametrize("n", [1, 2, 3])
 def test_shares_of_the_small_runs_are_all_of_them(n):
     runs = small_case.small_runs()
     shares = [small_case.share_of(runs, (i + 1, n)) for i in range(n)]
@@ -65,11 +65,13 @@ def test_shares_of_the_small_runs_are_all_of_them(n):
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
 
-@pytest.mark.parametrize("text", ["3", "0/2", "3/2", "1/0", "-1/2", "1/2/3", "a/b"])
+@pytest.mark.parametrize("text", ["3", "0/2", "3/2", "1/0", "-1/2", "1/2/3", "a/b", "1/500"])
 def test_what_is_no_share_is_refused(text):
     done = CliRunner().invoke(small_case.main, ["--share", text])
     assert done.exit_code == 2
-    assert f"'{text}' is no share; give I/N, such as 1/3, with I from 1 to N." in " ".join(done.output.split())
+    most = len(small_case.small_runs())
+    said = f"'{text}' is no share; give I/N, such as 1/3, with I from 1 to N and N up to {most}."
+    assert said in " ".join(done.output.split())
 
 
 def test_one_share_that_is_not_clean_is_the_verdict_on_all():

@@ -169,10 +169,10 @@ def share_of(runs: Sequence[Small], share: tuple[int, int]) -> Sequence[Small]:
 
 def read_share(context: click.Context, parameter: click.Parameter, text: str) -> tuple[int, int]:
     """Read I/N."""
-    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    match, most = re.fullmatch(r"(\d+)/(\d+)", text), len(small_runs())
     i, n = (int(match[1]), int(match[2])) if match else (0, 0)
-    if not 1 <= i <= n:
-        raise click.BadParameter(f"{text!r} is no share; give I/N, such as 1/3, with I from 1 to N.")
+    if not 1 <= i <= n <= most:
+        raise click.BadParameter(f"{text!r} is no share; give I/N, such as 1/3, with I from 1 to N and N up to {most}.")
     return i, n
 
 
