@@ -357,12 +357,12 @@ class CudaBackend:
         counts = [launch.ready_counters(batch * seq)]
         if decode:
             attend = next(one for one in launches if one.name == "attend_decode")
-            shares, pieces = launch.decode_pieces(config, batch, seq, attend)
+            part_words, head_counters = launch.decode_parts(config, batch, seq, attend)
             few = [one for one in launches if one.name.endswith("_few")]
             buffers["qkv"] = (batch * seq, (heads + 2 * kv_heads) * dim), np.float32
-            partial = max([shares * launch.share_floats(config, seq), *(launch.few_floats(one) for one in few)])
-            buffers["partial"] = (partial,), np.float32
-            counts += [pieces, *(launch.few_counters(one) for one in few)]
+            if few:
+                buffers["partial"] = (max(launch.few_floats(one) for one in few),), np.float32
+            counts += [head_counters, *(launch.few_counters(one) for one in few)]
         else:
             buffers["q"] = (parts, batch * seq, heads, dim), np.float16
             buffers["k"] = (parts, batch, kv_heads, scratch, dim), np.float16
@@ -371,6 +371,8 @@ class CudaBackend:
         scratch_arrays = {name: workspace.take(name, size, dtype, capturing=capturing)
                           for name, (size, dtype) in buffers.items()}  # fmt: skip
         zeroed = {"counters": workspace.take("counters", (max(counts),), np.int32, capturing=capturing, zeroed=True)}
+        if decode:
+            zeroed["parts"] = workspace.take("parts", (part_words, 4), np.uint32, capturing=capturing, zeroed=True)
         self._set(notes=0)
         if noted:
             size = 1 + batch * seq, NOTE_WORDS

@@ -32,7 +32,8 @@ HIDDEN_PARTS = 2  # project.cuh: float16 numbers that hold one normalised hidden
 _POINTERS = (
     "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "folded_proj", "o_proj", "k_proj", "input_norm",
     "q_norm", "k_norm", "qkv_bias", "o_bias", "frequency", "k_turns", "k_cache", "v_cache", "lengths",
-    "cached_positions", "fault", "rows", "notes", "hidden", "q", "k", "v", "attention", "qkv", "partial", "counters",
+    "cached_positions", "fault", "rows", "notes", "hidden", "q", "k", "v", "attention", "qkv", "partial", "parts",
+    "counters",
     "stage_input_norm", "stage_q", "stage_k", "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope",
     "stage_row_max", "stage_lse", "stage_attention", "stage_output",
 )  # fmt: skip
@@ -241,16 +242,12 @@ def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits, seq: in
     return Launch("attend_decode", macros, limits.num_sms, 32 * warps, smem, overlaps=True)
 
 
-def decode_pieces(config: AttentionConfig, batch: int, seq: int, one: Launch) -> tuple[int, int]:
-    """Return the most shares ``attend_decode.cu`` writes, and the counters it needs."""
-    heads = batch * config.num_key_value_heads * -(-config.group * seq // (8 * _head_tiles(config, seq)))
+def decode_parts(config: AttentionConfig, batch: int, seq: int, one: Launch) -> tuple[int, int]:
+    """Return the words of 128 bits of all parts that ``attend_decode.cu`` writes at most, and the counters it needs."""
+    rows = 8 * _head_tiles(config, seq)
+    heads = batch * config.num_key_value_heads * -(-config.group * seq // rows)
     runs = heads * MOST_PIECES if "BATCH_INVARIANT" in dict(one.macros) else one.grid
-    return runs + heads, heads
-
-
-def share_floats(config: AttentionConfig, seq: int) -> int:
-    """Return the floats of one share of ``attend_decode.cu``."""
-    return 8 * _head_tiles(config, seq) * (config.head_dim + 2)
+    return (runs + heads) * min(rows, config.group * seq) * (config.head_dim // 2), heads
 
 
 def _gemv_tiles(sizes: tuple[int, ...], rows: int, limits: Limits) -> int:

@@ -48,7 +48,8 @@ struct Call {
     __half* v;          // [B, Hkv, scratch_capacity, D], where storage is not float16
     __half* attention;  // [B S, Hq D]
     float* qkv;         // [B, (Hq + 2 Hkv) D], decode only
-    float* partial;     // shares of attend_decode.cu, decode only
+    float* partial;     // of project_*_few.cu, decode only
+    uint4* parts;       // of attend_decode.cu, decode only; zero between kernels
     int* counters;      // zero between kernels
     // Stages to collect (-D COLLECT), float32, laid out as in reference.py.
     float* stage_input_norm;
@@ -110,6 +111,21 @@ __device__ __forceinline__ int count_in_order(int* counter) {
     int before;
     asm volatile("atom.add.acq_rel.gpu.global.s32 %0, [%1], 1;" : "=r"(before) : "l"(counter) : "memory");
     return before;
+}
+
+// 128 bits that other blocks may look at meanwhile: they see all of them or none (PTX ISA: ld, st, .b128).
+__device__ __forceinline__ void store_word(void* to, const uint4& word) {
+    auto half = [](unsigned low, unsigned high) { return low | static_cast<unsigned long long>(high) << 32; };
+    asm volatile("{\n\t.reg .b128 word;\n\tmov.b128 word, {%1, %2};\n\tst.relaxed.gpu.global.b128 [%0], word;\n\t}" ::"l"(to),
+                 "l"(half(word.x, word.y)), "l"(half(word.z, word.w))
+                 : "memory");
+}
+
+__device__ __forceinline__ uint4 load_word(const void* from) {
+    unsigned long long low, high;
+    asm volatile("{\n\t.reg .b128 word;\n\tld.relaxed.gpu.global.b128 word, [%2];\n\tmov.b128 {%0, %1}, word;\n\t}"
+                 : "=l"(low), "=l"(high) : "l"(from) : "memory");
+    return make_uint4(low, low >> 32, high, high >> 32);
 }
 
 constexpr int PADDING = -1;  // a row past its sequence's num_tokens

@@ -1,19 +1,21 @@
 // How attend_decode.cu adds up what warps found of a head, and what blocks did: always in the same order.
 //
 // Weights are powers of two relative to a score that was the largest of those a warp, or a block, saw: `largest`. What warps
-// found is where their last tiles were (sum_index); what a block found is a part, [ROWS, D] of float and then of each row
-// `largest` and the sum of weights.
+// found is where their last tiles were (sum_index). What a block found is a part: [rows, D / 2] words of 128 bits, Found, which
+// are zero until they are written.
 #pragma once
 #include "decode_shared.cuh"
-
-constexpr int PART = ROWS * (HEAD_DIM + 2);  // floats
-
-__device__ __forceinline__ float2* found_of_part(float* part) { return reinterpret_cast<float2*>(part + ROWS * HEAD_DIM); }
 
 struct Found {
     float2 value;  // sums of weighted v, of two dims
     float largest, sum;
 };
+
+// As a word whose last quarter is not 0, which says that it is there: -0 stands for 0.
+__device__ __forceinline__ uint4 word_of(const Found& found) {
+    return make_uint4(__float_as_uint(found.value.x), __float_as_uint(found.value.y), __float_as_uint(found.largest),
+                      found.sum == 0.0f ? 0x80000000u : __float_as_uint(found.sum));
+}
 
 // Row r, dims d and d + 1, of what all warps found. All lanes of a warp together, and of the same row.
 __device__ __forceinline__ Found sum_of_warps(const Shared& shared, int r, int d) {
@@ -42,34 +44,43 @@ __device__ __forceinline__ Found sum_of_warps(const Shared& shared, int r, int d
     return all;
 }
 
-// Elements i and i + 1 of [ROWS, D] of all parts of a head.
-__device__ __forceinline__ Found sum_of_runs(float* parts, int num_runs, int i) {
+// The same word of all parts of a head, `stride` words apart, added up in their order; part `own` is `found`. Waits for those that
+// are not there yet, and leaves zeros.
+__device__ __forceinline__ Found sum_of_parts(uint4* parts, int stride, int num_parts, int own, const Found& found) {
     constexpr int AT_ONCE = 8;
-    const float2* const values_of = reinterpret_cast<const float2*>(parts + i);
-    const float2* const found_of = found_of_part(parts) + i / HEAD_DIM;
     Found all = {make_float2(0.0f, 0.0f), MINUS_INFINITY, 0.0f};
 #pragma unroll 1
-    for (int run = 0; run < num_runs; run += AT_ONCE) {
-        float2 values[AT_ONCE], found[AT_ONCE];
+    for (int first = 0; first < num_parts; first += AT_ONCE) {
+        uint4 words[AT_ONCE];
 #pragma unroll
         for (int u = 0; u < AT_ONCE; ++u) {
-            values[u] = make_float2(0.0f, 0.0f), found[u] = make_float2(MINUS_INFINITY, 0.0f);
-            if (run + u < num_runs) {
-                values[u] = __ldcg(values_of + (run + u) * (PART / 2));
-                found[u] = __ldcg(found_of + (run + u) * (PART / 2));
-            }
+            words[u] = make_uint4(0, 0, 0xff800000u, first + u < num_parts ? 0 : 0x80000000u);
+            if (first + u == own) words[u] = word_of(found);
         }
+        bool is_missing = true;
+#pragma unroll 1
+        while (is_missing) {
+            is_missing = false;
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; ++u)  // all that are missing at once
+                if (words[u].w == 0) words[u] = load_word(parts + (first + u) * stride);
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; ++u) is_missing = is_missing || words[u].w == 0;
+        }
+#pragma unroll
+        for (int u = 0; u < AT_ONCE; ++u)
+            if (first + u < num_parts && first + u != own) parts[(first + u) * stride] = make_uint4(0, 0, 0, 0);
         float most = all.largest;
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; ++u) most = fmaxf(most, found[u].x);
+        for (int u = 0; u < AT_ONCE; ++u) most = fmaxf(most, __uint_as_float(words[u].z));
         // No key is in the window yet: -inf - -inf would be NaN.
         const float base = most == MINUS_INFINITY ? 0.0f : most, shrink = exp2f(all.largest - base);
         all.largest = most, all.value.x *= shrink, all.value.y *= shrink, all.sum *= shrink;
 #pragma unroll
         for (int u = 0; u < AT_ONCE; ++u) {
-            const float weight = exp2f(found[u].x - base);
-            all.value.x += weight * values[u].x, all.value.y += weight * values[u].y;
-            all.sum += weight * found[u].y;
+            const float weight = exp2f(__uint_as_float(words[u].z) - base);
+            all.value.x += weight * __uint_as_float(words[u].x), all.value.y += weight * __uint_as_float(words[u].y);
+            all.sum += weight * __uint_as_float(words[u].w);
         }
     }
     return all;

@@ -16,21 +16,13 @@ constexpr int LANES = 8, ROWS = 32 / LANES;
 constexpr int PIECES = 4, SLICE = PIECES * LANES * VECTOR, SLICES = 8;  // a lane's of a slice; columns of it; of a warp's buffer
 constexpr int SLICE_SIZE = ROWS * SLICE, BYTES = WARPS * SLICES * SLICE_SIZE * 2;
 
-// Written and read as one word of 128 bits (PTX ISA: ld, st, .b128).
 __device__ __forceinline__ void write(Note* to, const Note& note) {
-    auto word = [](unsigned low, unsigned high) { return low | static_cast<unsigned long long>(high) << 32; };
-    const unsigned long long low = word(__float_as_uint(note.factor), note.slot), high = word(note.position, note.number);
-    asm volatile("{\n\t.reg .b128 note;\n\tmov.b128 note, {%1, %2};\n\tst.relaxed.gpu.global.b128 [%0], note;\n\t}" ::"l"(to),
-                 "l"(low), "l"(high)
-                 : "memory");
+    store_word(to, make_uint4(__float_as_uint(note.factor), note.slot, note.position, note.number));
 }
 
 __device__ __forceinline__ Note read(const Note* from) {
-    unsigned long long low, high;
-    asm volatile("{\n\t.reg .b128 note;\n\tld.relaxed.gpu.global.b128 note, [%2];\n\tmov.b128 {%0, %1}, note;\n\t}"
-                 : "=l"(low), "=l"(high) : "l"(from) : "memory");
-    return {__uint_as_float(static_cast<unsigned>(low)), static_cast<int>(low >> 32), static_cast<int>(high),
-            static_cast<unsigned>(high >> 32)};
+    const uint4 word = load_word(from);
+    return {__uint_as_float(word.x), static_cast<int>(word.y), static_cast<int>(word.z), word.w};
 }
 
 // What notes of this call carry.

@@ -44,12 +44,12 @@ INSTRUCTIONS = (
     ("createpolicy.", "ptx_policy", ""),
     ("setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }", "ptx_store_four", ""),
     (
-        "{ .reg .b128 note; mov.b128 note, {%1, %2}; st.relaxed.gpu.global.b128 [%0], note; }",
+        "{ .reg .b128 word; mov.b128 word, {%1, %2}; st.relaxed.gpu.global.b128 [%0], word; }",
         "ptx_store_128",
         "",
     ),
     (
-        "{ .reg .b128 note; ld.relaxed.gpu.global.b128 note, [%2]; mov.b128 {%0, %1}, note; }",
+        "{ .reg .b128 word; ld.relaxed.gpu.global.b128 word, [%2]; mov.b128 {%0, %1}, word; }",
         "ptx_load_128",
         "",
     ),

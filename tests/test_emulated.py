@@ -15,7 +15,7 @@ import pytest
 from conftest import make_config, make_hidden, make_weights
 
 import cupy_attn as ca
-from cupy_attn import kernels, launch, reference
+from cupy_attn import kernels, launch, reference, workspace
 from cupy_attn.accuracy import BARS
 
 pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
@@ -127,6 +127,16 @@ def test_decode_on_gpus_of_any_size(monkeypatch, num_sms):
     layer = make_layer(config_of(*SHAPES[0]), "float16", TAME)
     for lengths in ([700], [90, 90, 90], [1, 500, 40, 0, 213], [33] * 9):
         call(layer, filled_cache(layer, lengths, max(lengths) + 1), 1)
+
+
+@pytest.mark.parametrize("batch_invariant", [False, True])
+def test_decode_leaves_nothing_behind_for_the_next_call_to_take_for_its_own(gpu, batch_invariant):
+    layer = make_layer(config_of(*SHAPES[0]), "float16", TAME, batch_invariant=batch_invariant)
+    for lengths in ([700], [300, 0, 65], [90] * 9):
+        call(layer, filled_cache(layer, lengths, max(lengths) + 1), 1)
+        (space,) = workspace._workspaces.values()
+        assert not space._buffers["parts"].any()
+        assert not space._buffers["counters"].any()
 
 
 @pytest.mark.parametrize("batch", [1, 6])

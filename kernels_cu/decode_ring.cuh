@@ -1,0 +1,97 @@
+// A warp's ring of tiles in attend_decode.cu: copies of cached keys and values to shared memory, those of new tokens among them.
+// -D: those of shares.cuh, FLOAT32_ANGLES.
+#pragma once
+#include "decode_queries.cuh"
+#include "storage.cuh"
+
+// A value the compiler takes to be unknown until here.
+__device__ __forceinline__ int work_out_here(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
+// Ask for what does not depend on tokens, ahead of keys: behind them it would stand in line. All threads of a block together.
+__device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
+    const auto copy = [](void* target, const void* source, int bytes) {
+#pragma unroll 1
+        for (int i = threadIdx.x * 16; i < bytes; i += THREADS * 16)
+            copy16_async(static_cast<char*>(target) + i, static_cast<const char*>(source) + i, true);
+    };
+#ifdef FLOAT32_ANGLES
+    copy(shared.k_norm, call.k_norm, sizeof(shared.k_norm));
+#else
+    copy(shared.turn, call.k_turns, sizeof(shared.turn));
+#endif
+    copy(shared.frequency, call.frequency, sizeof(shared.frequency));
+    copies_commit();
+}
+
+// Ask for the keys of a tile, and their positions, or for its values. Positions come with k: a load to registers under way would be
+// waited for with whatever shares its scoreboard.
+__device__ __forceinline__ void copy_tile(const Call& call, Shared& shared, const Cursor& to, int stage, bool is_v,
+                                          unsigned long long policy) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    if (!is_v && lane < TILE / 4)
+        copy16_async(&shared.positions[warp][stage][4 * lane], positions_of(call, to.b) + to.slot + 4 * lane, true);
+    STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
+    const STORAGE* const source = is_v ? call.v_cache + (to.k - call.k_cache) : to.k;
+    if (32 % PIECES == 0 && to.slot + TILE <= to.past) {  // a whole tile
+        constexpr int ROWS_AT_ONCE = 32 / PIECES > 0 ? 32 / PIECES : 1;
+        const unsigned first = shared_address(target + place_of(lane / PIECES, lane % PIECES));
+#pragma unroll
+        for (int row = 0; row < TILE; row += ROWS_AT_ONCE) {
+            unsigned place = first + row * KV_STRIDE * 2;
+            if (SWIZZLED) {
+                static_assert(!SWIZZLED || 32 % PIECES != 0 || IS_XOR, "rows and pieces are bits of an address");
+                place = further_address(first, row & 7) + row * KV_STRIDE * 2;
+            }
+            copy16_async(place, source + row * HEAD_DIM, true, policy);
+        }
+    } else {
+#pragma unroll 1
+        for (int i = lane; i < TILE * PIECES; i += 32) {
+            const int row = i / PIECES, piece = i % PIECES, slot = to.slot + row;
+            if (slot < to.past || slot >= to.past + to.count)  // others are new
+                copy16_async(target + place_of(row, piece), source + (i - lane) * 8, slot < to.past);
+        }
+    }
+}
+
+__device__ __forceinline__ bool has_new_tokens(const Cursor& to) { return to.past - to.slot < TILE; }
+
+// Append the new tokens that belong to a tile to the cache and to the tile. `at`, `new_at`: the head in use, and the position of the
+// last new token of its sequence.
+__device__ __forceinline__ void append_new(const Call& call, Shared& shared, const Cursor& to, int stage, const Cursor& at,
+                                           int new_at) {
+    if (!has_new_tokens(to)) return;
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    // Few tiles come this far: no part of it is to be worked out ahead of that.
+    const int past = work_out_here(to.past), kv_head_idx = work_out_here(to.kv_head_idx);
+    const int position = to.b == at.b ? new_at : new_position(call, to.b, past, to.count - 1);
+    const int end = IS_ONE ? past + 1 : min(past + to.count, to.slot + TILE);
+#pragma unroll 1
+    for (int slot = IS_ONE ? past : max(past, to.slot); slot < end; ++slot) {
+#pragma unroll 1
+        for (int i = lane; i < 2 * PIECES; i += 32) {
+            const bool is_v = i >= PIECES;
+            const int d = (is_v ? i - PIECES : i) * VECTOR;
+            float values[VECTOR];
+            load8(qkv_of(call, to.b, slot - past) +
+                      (call.num_q_heads + (is_v ? call.num_kv_heads : 0) + kv_head_idx) * HEAD_DIM + d, values);
+            STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
+            store8(target + place_of(slot - to.slot, d / VECTOR), values);
+            STORAGE* const cached = is_v ? call.v_cache : call.k_cache;
+            const long long row = (static_cast<long long>(to.b) * call.num_kv_heads + kv_head_idx) * call.capacity + slot;
+            // One block of a group appends, and none what the last kernel calls a fault.
+            if (to.first_row == 0 && position < call.max_position) store8(cached + row * HEAD_DIM + d, values);
+        }
+        if (IS_ONE) break;
+    }
+}
+
+// This warp's next tile, be it of another head; false if there is none.
+__device__ __forceinline__ bool find_tile(const Call& call, const Shares& shares, Cursor& to) {
+    bool is_there = true;
+    while (is_there && to.slot >= to.end) is_there = next_head(call, shares, to);
+    return is_there;
+}

@@ -1,0 +1,299 @@
+// The arithmetic of one tile of keys in attend_decode.cu: k' from cached keys, scores, weights of a softmax whose largest score is
+// not known yet, and sums of weighted values.
+//
+// It is the instructions that make k' that count, so scores are k' q'^T and sums v^T p^T: keys and dims are the rows of products,
+// queries, of which there are few, the columns. Even squares of keys are products: the diagonal of k k^T.
+// -D: those of shares.cuh, FLOAT32_ANGLES.
+#pragma once
+#include "decode_queries.cuh"
+#include "decode_ring.cuh"
+
+constexpr int D_BLOCKS = HEAD_DIM / 8;
+
+// Where angles come from the table, keys are rotated as they were cached and the norm goes to their scores. The table is so much
+// smaller than float16 allows for normalised keys; those whose reciprocal norm is not between these are first brought near one.
+#ifdef FLOAT32_ANGLES
+constexpr bool NORMALISES_SCORES = false;
+#else
+constexpr bool NORMALISES_SCORES = true;
+#endif
+constexpr float TURN_UNSCALE = 8.0f, LEAST_RSTD = 0.07f, MOST_RSTD = PARTS == 2 ? 16.0f : 2048.0f;
+
+// What a warp has found of a head. Of heads 8 t + 2 (l % 4) + {0, 1}, of lane l:
+struct Sums {
+    float out[HEAD_TILES][D_BLOCKS / 2][4];  // weighted v: [.][16 dims], dims l / 4 and 8 more
+    float shift[HEAD_TILES][2];              // what scores are taken relative to
+    float sum[HEAD_TILES][2];                // of this lane's weights
+    // Whether no key was seen yet: one new token sees all that are; of several, and by window, each its own.
+    bool nothing_seen[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
+    int seen_from[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
+};
+
+// The new token of query 8 t + 2 (l % 4) + e: worked out where it is needed, which is seldom, since registers are short.
+__device__ __forceinline__ int token_of(const Cursor& at, int group, int t, int e) {
+    return IS_ONE ? 0 : min((work_out_here(at.first_row) + 8 * t + 2 * (threadIdx.x % 4) + e) / group, at.count - 1);
+}
+
+// Nothing yet. `new_at`: position of the last new token.
+__device__ __forceinline__ void begin_sums(const Call& call, const Cursor& at, int group, int new_at, Sums& sums) {
+#pragma unroll
+    for (int t = 0; t < HEAD_TILES; ++t)
+#pragma unroll
+        for (int j = 0; j < D_BLOCKS / 2; ++j)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) sums.out[t][j][e] = 0.0f;
+#pragma unroll
+    for (int t = 0; t < HEAD_TILES; ++t)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) sums.shift[t][e] = sums.sum[t][e] = 0.0f;
+#pragma unroll
+    for (int t = 0; t < (IS_ONE ? 1 : HEAD_TILES); ++t)
+#pragma unroll
+        for (int e = 0; e < (IS_ONE ? 1 : 2); ++e) {
+            sums.nothing_seen[t][e] = true;
+#ifdef WINDOW
+            const int position = IS_ONE ? new_at : new_position(call, at.b, at.past, token_of(at, group, t, e));
+            sums.seen_from[t][e] = position - call.window + 1;
+#else
+            sums.seen_from[t][e] = 0;
+#endif
+        }
+}
+
+// Add what tile `stage` of this warp's ring gives, whose keys are there. `rows`: queries of the head. `ask_for_keys` is called once
+// the keys have been read and their place is free, `wait_for_values` where values are needed. All lanes of a warp together.
+template <class AskForKeys, class WaitForValues>
+__device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, const Cursor& at, int stage, int new_at, int group,
+                                            int rows, Sums& sums, AskForKeys ask_for_keys, WaitForValues wait_for_values) {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
+    auto& out = sums.out;
+    auto& shift = sums.shift;
+    auto& sum = sums.sum;
+    auto& nothing_seen = sums.nothing_seen;
+    auto& seen_from = sums.seen_from;
+    const STORAGE* const k_smem = shared.ring[warp][stage].k;
+    const STORAGE* const v_smem = shared.ring[warp][stage].v;
+    const int last = min(TILE - 1, at.past + at.count - 1 - at.slot);  // key
+    const int own_slot = at.slot + lane % TILE;
+    int own_position = shared.positions[warp][stage][lane % TILE];
+    if (IS_ONE && own_slot >= at.past) own_position = new_at;
+    if (!IS_ONE && own_slot >= at.past && own_slot < at.past + at.count)
+        own_position = new_position(call, at.b, at.past, own_slot - at.past);
+    const int first_position = __shfl_sync(0xffffffffu, own_position, 0);
+    const int last_position = __shfl_sync(0xffffffffu, own_position, last);
+
+    // 16 keys: [step][2 n + half] has dims 2 (l % 4) + {0, 1} of a block of that half, of key 8 n + l / 4.
+    const int key_row = lane / 16 * 8 + lane % 8, k_half = lane / 8 % 2;
+    const unsigned k_address = shared_address(k_smem + place_of(key_row, k_half * HALF_BLOCKS));
+    unsigned k_raw[HALF_BLOCKS][4];
+    float squares[2][2][4] = {};  // k k^T of [keys 0 to 7, 8 to 15][lower, upper half], of which the diagonal counts
+#pragma unroll
+    for (int j = 0; j < HALF_BLOCKS; ++j)
+        load_matrices(k_raw[j], IS_XOR ? further_address(k_address, j)
+                                       : shared_address(k_smem + place_of(key_row, j + k_half * HALF_BLOCKS)));
+#pragma unroll
+    for (int j = 0; j < HALF_BLOCKS; ++j)
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int half = 0; half < 2; ++half)
+                multiply_add_8(squares[n][half], k_raw[j][2 * n], k_raw[j][2 * n + 1], k_raw[j][2 * n + half],
+                               STORAGE());
+    float rstd[2];
+    int offsets[2];
+#pragma unroll
+    for (int n = 0; n < 2; ++n) {
+        const bool odd = lane / 4 % 2;
+        const float own = (odd ? squares[n][0][1] : squares[n][0][0]) + (odd ? squares[n][1][3] : squares[n][1][2]);
+        rstd[n] = __shfl_sync(0xffffffffu, own, lane & 28 | lane / 8);
+        rstd[n] = rsqrtf(rstd[n] * (1.0f / HEAD_DIM) + call.eps);
+        offsets[n] = __shfl_sync(0xffffffffu, own_position, n * 8 + lane / 4);
+    }
+    float score_scale[2] = {call.score_scale, call.score_scale};
+    if (NORMALISES_SCORES) {
+        const auto is_far = [&](int n) { return !(rstd[n] > LEAST_RSTD && rstd[n] <= MOST_RSTD); };
+        if (__any_sync(0xffffffffu, is_far(0) || is_far(1))) {
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const float power = fminf(__uint_as_float(__float_as_uint(rstd[n]) & 0x7f800000u), 32768.0f);
+                const unsigned pair = pack(power, power, STORAGE());
+                rstd[n] = __fdividef(rstd[n], power);
+#pragma unroll
+                for (int j = 0; j < HALF_BLOCKS; ++j)
+#pragma unroll
+                    for (int half = 0; half < 2; ++half)
+                        k_raw[j][2 * n + half] = multiply_pairs(k_raw[j][2 * n + half], pair, STORAGE());
+            }
+        }
+        score_scale[0] *= rstd[0] * TURN_UNSCALE, score_scale[1] *= rstd[1] * TURN_UNSCALE;
+    }
+    const bool has_new = has_new_tokens(at);
+    const auto is_hidden = [&](int n, int t, int e) {
+        const int key = n * 8 + lane / 4;
+        if (IS_ONE) return key > last || offsets[n] < seen_from[0][0];
+        return (has_new && at.slot + key > at.past + token_of(at, group, t, e)) || offsets[n] < seen_from[t][e];
+    };
+
+    // The table spans TILE positions: keys further apart than that take several passes.
+#ifndef FLOAT32_ANGLES
+    const bool gaps = last_position - first_position >= TILE;
+    for (int base = first_position;;) {
+#else
+    {
+        constexpr int base = 0;
+        constexpr bool gaps = false;
+#endif
+#ifdef FLOAT32_ANGLES
+        rotate_queries(shared, rows, IS_ONE ? new_at : 0);
+#else
+        rotate_queries(shared, rows, new_at - base);
+#endif
+        __syncwarp();
+        ask_for_keys();
+
+        float scores[HEAD_TILES][4] = {};  // keys l / 4 and 8 more, heads 2 (l % 4) + {0, 1}
+#ifndef FLOAT32_ANGLES
+        const float4* turns[2][2];
+#pragma unroll
+        for (int n = 0; n < 2; ++n)
+#pragma unroll
+            for (int odd = 0; odd < 2; ++odd)
+                turns[n][odd] = shared.turn + turn_index((offsets[n] - base) & (TILE - 1), quad * 2 + odd);
+#endif
+        const auto turn_of = [&](int n, int j, int odd) {
+#ifdef FLOAT32_ANGLES
+            const int pair = j * 8 + quad * 2 + odd;
+            float cosine, sine;
+            rotation(offsets[n], shared.frequency[pair], cosine, sine);
+            const float low = shared.k_norm[pair], high = shared.k_norm[pair + PAIRS];
+            return make_float4(low * cosine, high * sine, high * cosine, low * sine);
+#else
+            return turns[n][odd][j * 8];
+#endif
+        };
+        unsigned q_frag[HEAD_TILES][PARTS][4];
+#pragma unroll
+        for (int j = 0; j < HALF_BLOCKS; ++j) {
+            if (j % 2 == 0) {
+#pragma unroll
+                for (int t = 0; t < HEAD_TILES; ++t)
+#pragma unroll
+                    for (int p = 0; p < PARTS; ++p) load_queries(q_frag[t][p], shared.q[warp][p], t, j);
+            }
+            unsigned k_frag[4], k_rest[4];
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const float4 even = turn_of(n, j, 0), odd = turn_of(n, j, 1);
+                // Or bfloat16 would be widened before the loop over passes, to more floats than there are registers.
+                float2 a = unpack(work_out_here(k_raw[j][2 * n]), STORAGE());
+                float2 c = unpack(work_out_here(k_raw[j][2 * n + 1]), STORAGE());
+                if (!NORMALISES_SCORES) a.x *= rstd[n], a.y *= rstd[n], c.x *= rstd[n], c.y *= rstd[n];
+                const float2 low = make_float2(a.x * even.x - c.x * even.y, a.y * odd.x - c.y * odd.y);
+                const float2 high = make_float2(c.x * even.z + a.x * even.w, c.y * odd.z + a.y * odd.w);
+                k_frag[n] = pack(low.x, low.y);
+                k_frag[n + 2] = pack(high.x, high.y);
+                if (PARTS == 2) {
+                    k_rest[n] = pack_rest(low.x, low.y, k_frag[n]);
+                    k_rest[n + 2] = pack_rest(high.x, high.y, k_frag[n + 2]);
+                }
+            }
+#pragma unroll
+            for (int t = 0; t < HEAD_TILES; ++t) {
+                const unsigned(&q)[PARTS][4] = q_frag[t];
+                const int two = j % 2 * 2;
+                if constexpr (PARTS == 2) {  // the small products first
+                    multiply_add(scores[t], k_frag, q[1][two], q[1][two + 1]);
+                    multiply_add(scores[t], k_rest, q[0][two], q[0][two + 1]);
+                }
+                multiply_add(scores[t], k_frag, q[0][two], q[0][two + 1]);
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < HEAD_TILES; ++t)
+#pragma unroll
+            for (int e = 0; e < 4; ++e) {
+                scores[t][e] *= score_scale[e / 2];
+                if (is_hidden(e / 2, IS_ONE ? 0 : t, IS_ONE ? 0 : e % 2) ||
+                    (gaps && static_cast<unsigned>(offsets[e / 2] - base) >= TILE))
+                    scores[t][e] = MINUS_INFINITY;
+            }
+
+        // Weights are relative to a score that was the largest once; it is raised when that is MOST too small.
+        float weights[HEAD_TILES][4];
+        const auto weigh = [&]() {
+            float most = MINUS_INFINITY;
+#pragma unroll
+            for (int t = 0; t < HEAD_TILES; ++t)
+#pragma unroll
+                for (int e = 0; e < 4; ++e) {
+                    weights[t][e] = scores[t][e] - shift[t][e % 2];
+                    // Rows past the last have what was left of another head.
+                    if (!BY_PIECES || 8 * t + 2 * quad + e % 2 < rows) most = fmaxf(most, weights[t][e]);
+                }
+            return most;
+        };
+        bool raise = weigh() > MOST;
+#pragma unroll
+        for (int t = 0; t < (IS_ONE ? 1 : HEAD_TILES); ++t)
+#pragma unroll
+            for (int e = 0; e < (IS_ONE ? 1 : 2); ++e) raise = raise || nothing_seen[t][e];
+        if (__any_sync(0xffffffffu, raise)) {
+            bool seen = false;
+#pragma unroll
+            for (int t = 0; t < HEAD_TILES; ++t)
+#pragma unroll
+                for (int e = 0; e < 2; ++e) {
+                    float most = fmaxf(weights[t][e], weights[t][e + 2]);
+#pragma unroll
+                    for (int lanes = 4; lanes < 32; lanes *= 2)
+                        most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, lanes));
+                    const float before = shift[t][e];
+                    bool& nothing = nothing_seen[IS_ONE ? 0 : t][IS_ONE ? 0 : e];
+                    if (most > MINUS_INFINITY && (nothing || most > 0.0f)) shift[t][e] += most;
+                    seen = seen || most > MINUS_INFINITY;
+                    const float shrink = nothing ? 0.0f : exp2f(before - shift[t][e]);
+                    sum[t][e] *= shrink;
+                    if (!IS_ONE) nothing = nothing && !(most > MINUS_INFINITY);
+                    if (IS_ONE && nothing) continue;
+#pragma unroll
+                    for (int j = 0; j < D_BLOCKS / 2; ++j) out[t][j][e] *= shrink, out[t][j][e + 2] *= shrink;
+                }
+            if (IS_ONE) nothing_seen[0][0] = nothing_seen[0][0] && !__any_sync(0xffffffffu, seen);
+            weigh();
+        }
+
+        // Weights of 8 keys and 8 heads as B fragments. bfloat16 has too few bits for them: what rounding leaves is
+        // a second product.
+        unsigned p_frag[HEAD_TILES][2], p_rest[HEAD_TILES][2];
+#pragma unroll
+        for (int t = 0; t < HEAD_TILES; ++t)
+#pragma unroll
+            for (int n = 0; n < 2; ++n) {
+                const float low = exp2f(weights[t][2 * n]), high = exp2f(weights[t][2 * n + 1]);
+                sum[t][0] += low, sum[t][1] += high;
+                const unsigned rounded = pack(low, high, STORAGE());
+                p_frag[t][n] = transpose(rounded);
+                p_rest[t][n] = transpose(pack_rest(low, high, rounded, STORAGE()));
+            }
+        wait_for_values();
+        __syncwarp();
+        const unsigned v_address = shared_address(v_smem + place_of(lane / 16 * 8 + lane % 8, lane / 8 % 2));
+#pragma unroll
+        for (int j = 0; j < D_BLOCKS / 2; ++j) {
+            unsigned v_frag[4];  // 16 dims x 16 keys
+            load_matrices_transposed(v_frag, IS_XOR ? further_address(v_address, 2 * j) :
+                shared_address(v_smem + place_of(lane / 16 * 8 + lane % 8, 2 * j + lane / 8 % 2)));
+#pragma unroll
+            for (int t = 0; t < HEAD_TILES; ++t) {
+                if (!STORED_AS_FLOAT16) multiply_add(out[t][j], v_frag, p_rest[t][0], p_rest[t][1], STORAGE());
+                multiply_add(out[t][j], v_frag, p_frag[t][0], p_frag[t][1], STORAGE());
+            }
+        }
+#ifndef FLOAT32_ANGLES
+        if (!gaps) break;
+        const unsigned beyond = __ballot_sync(0xffffffffu, lane <= last && own_position - base >= TILE);
+        if (!beyond) break;
+        base = __shfl_sync(0xffffffffu, own_position, __ffs(beyond) - 1);
+#endif
+    }
+}
