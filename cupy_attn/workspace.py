@@ -38,9 +38,13 @@ class Workspace:
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < nbytes:
-            buffer = self._buffers[name] = (cupy.zeros if zeroed else cupy.empty)(nbytes, np.uint8)
+            buffer = self._buffers[name] = cupy.empty(nbytes, np.uint8)
             self.generation += 1
             if zeroed:
+                # Not by the current stream: while that is captured, nothing would be zero before the graph is replayed.
+                with cupy.cuda.Stream(non_blocking=True) as own:
+                    buffer.fill(0)
+                    own.synchronize()
                 self._zeroed.add(name)
         if capturing and not any(kept is buffer for kept in self._kept):
             self._kept.append(buffer)

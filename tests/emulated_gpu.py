@@ -418,6 +418,12 @@ class _Stream:
     def synchronize(self) -> None:
         pass
 
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
 
 class _Device:
     id = 0
@@ -446,7 +452,7 @@ def fake_cupy() -> types.ModuleType:
     cupy.empty = on_device(unwritten)
     cupy.asarray = on_device(np.array)
     cupy.asnumpy = lambda array: np.array(array).view(np.ndarray)
-    cupy.cuda = types.SimpleNamespace(Device=_Device, get_current_stream=_Stream)
+    cupy.cuda = types.SimpleNamespace(Device=_Device, Stream=lambda non_blocking: _Stream(), get_current_stream=_Stream)
     return cupy
 
 

@@ -176,6 +176,31 @@ def test_a_graph_outlives_scratch_that_grows(stream):
     assert same_caches(cache, eager)
 
 
+@pytest.mark.parametrize("batch", [3, 12])
+def test_calls_between_a_capture_that_makes_room_and_its_replay(stream, batch):
+    """What is made while a stream is captured must be as kernels want to find it before the graph runs."""
+    import cupy
+
+    layer = make_layer(CONFIG)
+    caches = two_caches(layer, batch, 400, [300] * batch)
+    x = cupy.asarray(make_hidden(CONFIG, batch, 1, dtype="float16"))
+    expected = layer(x, caches[1])
+    with cupy.cuda.Stream(non_blocking=True) as fresh:  # whose workspace is empty
+        junk = [cupy.full(1 << 20, 0xFF, np.uint8) for _ in range(40)]  # for the pool to hand out again
+        fresh.synchronize()
+        del junk
+        fresh.begin_capture()
+        try:
+            y = layer(x, caches[0], out=cupy.empty_like(x))
+        finally:
+            graph = fresh.end_capture()
+        other, _ = two_caches(layer, batch, 400, [300] * batch)
+        assert same_bits(layer(x, other), expected)
+        graph.launch()
+        fresh.synchronize()
+        assert same_bits(y, expected)
+
+
 def test_two_graphs_take_turns(stream):
     import cupy
 
