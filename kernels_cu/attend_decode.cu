@@ -39,17 +39,20 @@ attend_decode(const __grid_constant__ Call call)
     __shared__ Shares kept_shares;
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
+    const bool is_keeper = threadIdx.x == WARPS / 2 * 32;  // of accounts: the first warps have queries, the last has new tokens
     const int group = call.num_q_heads / call.num_kv_heads;
     const int queries = IS_ONE ? group : group * call.seq;  // of a KV head and sequence
     const int heads_a_sequence = call.num_kv_heads * ((queries + ROWS - 1) / ROWS);
-    const SequenceTiles mine = sequence_tiles(call, lane);
+    const int past = lane < call.batch ? __ldcg(call.lengths + lane) : 0;  // on its way while tables are asked for
+    copy_tables(call, shared);
+    const SequenceTiles mine = sequence_tiles(call, lane, work_out_here(past));
     const Shares shares = share_out(call, heads_a_sequence, mine);
     Cursor at;
     if (!find(call, shares, mine, blockIdx.x * shares.size, at)) {
         wait_for_previous_kernel();  // the next kernel takes the end of this one for the end of that one, too
+        copies_wait<0>();
         return;
     }
-    copy_tables(call, shared);
 
     // `ahead` is up to STAGES tiles before the one in use.
     const unsigned long long policy = read_once();
@@ -71,37 +74,47 @@ attend_decode(const __grid_constant__ Call call)
         if (has_own) copy(own_first, 0, is_v);
         copies_commit();
     }
-    Cursor ahead = own_first;
-    if (has_own) go_on(ahead);
-    bool more = has_own && find_tile(call, shares, ahead);
-    if (threadIdx.x == 0) kept_shares = shares, here = at;
-    const auto find_runs = [&](const Cursor& to) {
-        if (threadIdx.x > 0) return;
-        const Shares shares = kept_shares;
-        runs.x = BY_PIECES ? to.begin : to.begin / shares.size;
-        runs.y = BY_PIECES ? to.width : (to.begin + to.width - shares.crossing - 1) / shares.size - runs.x + 1;
-    };
-    find_runs(at);
-    clear_queries(shared);
     // Blocks count themselves when they come to a head, ahead of any wait for others in it. So whoever is last waits only for blocks
     // that are under way, and no circle of waits can be: all go through heads in one order.
     const auto count = [&](const Cursor& to) {
-        if (threadIdx.x == 0) counted = atomicAdd(call.counters + to.b * kept_shares.heads + to.head, 1);
+        if (is_keeper) counted = atomicAdd(call.counters + to.b * kept_shares.heads + to.head, 1);
     };
+    const auto find_runs = [&](const Cursor& to) {
+        if (!is_keeper) return;
+        const Shares shares = kept_shares;
+        runs.x = BY_PIECES ? to.begin : quotient(to.begin, shares.size);
+        runs.y = BY_PIECES ? to.width : quotient(to.begin + to.width - shares.crossing - 1, shares.size) - runs.x + 1;
+    };
+    if (threadIdx.x == 0) here = at;
+    if (is_keeper) kept_shares = shares;
     Quads weight, own_query;
     load_q_norm(call, weight);
+    // A new token in a warp's first tile is asked for along with q; the others of the block do not wait for it.
+    constexpr bool ASKS_EARLY = IS_ONE && 2 * PIECES <= 32;
+    const bool has_new = ASKS_EARLY && has_own && has_new_tokens(own_first) && lane < 2 * PIECES;
+    const float* const new_source = has_new ? new_piece(call, own_first.b, 0, own_first.kv_head_idx, lane) : nullptr;
+    float new_values[VECTOR];
     wait_for_previous_kernel();
-    load_query(call, at, group, warp, own_query);  // ahead of a new token's k and v
+    if (has_new) load8(new_source, new_values);
+    load_query(call, at, group, warp, own_query);
     count(at);
+    // The rest, while those are on their way.
+    find_runs(at);
+    Cursor ahead = own_first;
+    if (has_own) go_on(ahead);
+    bool more = has_own && find_tile(call, shares, ahead);
     if (counts_on) new_at += at.count;
-    if (has_own) append(own_first, 0);
     if (more) copy(ahead, 1, false);
     copies_commit();
-
     normalise_queries(call, shared, at, group, weight, own_query);
     copies_wait<3>();  // for all but tiles
     let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
     __syncthreads();
+    if (!ASKS_EARLY && has_own) append(own_first, 0);
+    if (has_new) {
+        const int position = own_first.b == at.b ? new_at : new_position(call, own_first.b, own_first.past, 0);
+        store_new(call, shared, own_first, 0, own_first.past, own_first.kv_head_idx, position, lane, new_values);
+    }
 
     int stage = 0;
     bool is_k_ahead = true;  // the k of the next tile has been asked for
@@ -113,14 +126,19 @@ attend_decode(const __grid_constant__ Call call)
         const bool has_tiles = at.slot < at.end;
 #pragma unroll 1
         while (at.slot < at.end) {
+            if (more) {
 #pragma unroll 1
-            for (int is_v = is_k_ahead; is_v < 2; ++is_v) {
-                if (more) copy(ahead, stage ^ 1, is_v);
+                for (int is_v = is_k_ahead; is_v < 2; ++is_v) {
+                    copy(ahead, stage ^ 1, is_v);
+                    copies_commit();
+                }
+                append(ahead, stage ^ 1), go_on(ahead);
+                more = find_tile(call, kept_shares, ahead);
+            } else {
+                if (!is_k_ahead) copies_commit();
                 copies_commit();
             }
             is_k_ahead = false;
-            if (more) append(ahead, stage ^ 1), go_on(ahead);
-            more = more && find_tile(call, kept_shares, ahead);
             copies_wait<3>();  // k of this tile; v and the next tile's k and v may be on their way
             __syncwarp();
             attend_tile(
@@ -145,16 +163,14 @@ attend_decode(const __grid_constant__ Call call)
         }
 
         // What the warps found, where their last tiles were; then what the block found.
-        float* const mine = reinterpret_cast<float*>(&shared.ring[warp][stage ^ 1]);
+        float4* const mine = reinterpret_cast<float4*>(&shared.ring[warp][stage ^ 1]);
 #pragma unroll
         for (int t = 0; t < HEAD_TILES; ++t) {
-            if (has_tiles) {
+            if (has_tiles && 8 * t + 2 * quad < rows) {
 #pragma unroll
-                for (int i = 0; i < D_BLOCKS; ++i) {  // sum_index, its last bits worked out first
-                    const int d = SWIZZLED ? i / 4 * 32 + (i % 4 * 8 ^ quad * 8) : i * 8;
-#pragma unroll
-                    for (int e = 0; e < 2; ++e)
-                        mine[(8 * t + 2 * quad + e) * SUM_STRIDE + d + lane / 4] = sums.out[t][i / 2][i % 2 * 2 + e];
+                for (int j = 0; j < DIM_BLOCKS; ++j) {
+                    const float(&out)[4] = sums.out[t][j];
+                    mine[sum_index(8 * t + 2 * quad, j, lane / 4)] = make_float4(out[0], out[2], out[1], out[3]);
                 }
             }
 #pragma unroll
@@ -177,18 +193,18 @@ attend_decode(const __grid_constant__ Call call)
             load_query(call, next, group, warp, own_query);
             new_at = new_position(call, next.b, next.past, next.count - 1);
         }
-        if (threadIdx.x == 0) {
+        if (is_keeper) {
             is_last = counted == runs.y - 1;
             if (is_last) call.counters[at.b * kept_shares.heads + at.head] = 0;
         }
         if (goes_on) count(next);
         __syncthreads();
         const int first_run = runs.x, num_runs = runs.y, head_idx = at.b * kept_shares.heads + at.head;
-        const auto attention_of = [&](int i) {  // of element i of the queries, one after the other
-            const int query = at.first_row + i / HEAD_DIM, token = IS_ONE ? 0 : query / group;
+        const auto attention_of = [&](int r) {  // of row r
+            const int query = at.first_row + r, token = IS_ONE ? 0 : query / group;
             const long long m = IS_ONE ? at.b : static_cast<long long>(at.b) * call.seq + token;
             const int head_idx = at.kv_head_idx * group + query - token * group;
-            return call.attention + (m * call.num_q_heads + head_idx) * HEAD_DIM + i % HEAD_DIM;
+            return call.attention + (m * call.num_q_heads + head_idx) * HEAD_DIM;
         };
         const int own_run = BY_PIECES ? at.piece : static_cast<int>(blockIdx.x) - first_run;
         const int part_size = min(ROWS, queries) * (HEAD_DIM / 2);
@@ -197,17 +213,18 @@ attend_decode(const __grid_constant__ Call call)
         constexpr int CHUNKS = (HEAD_DIM + 63) / 64;
 #pragma unroll 1
         for (int chunk = warp; chunk < rows * CHUNKS; chunk += WARPS) {
-            const int r = chunk / CHUNKS, d = chunk % CHUNKS * 64 + 2 * lane, i = r * HEAD_DIM + d;
-            Found found = sum_of_warps(shared, r, min(d, HEAD_DIM - 2));
-            if (d >= HEAD_DIM) continue;
+            const int r = chunk / CHUNKS, j = chunk % CHUNKS * 4 + lane / 8, i = lane % 8, word = r * PAIRS + j * 8 + i;
+            Found found = sum_of_warps(shared, r, min(j, DIM_BLOCKS - 1), i);
+            if (j >= DIM_BLOCKS) continue;
             if (!is_last) {
-                store_word(parts + static_cast<long long>(own_run) * part_size + i / 2, word_of(found));
+                store_word(parts + static_cast<long long>(own_run) * part_size + word, word_of(found));
                 continue;
             }
             if (work_out_here(num_runs) > 1)  // here: not two loops
-                found = sum_of_parts(parts + i / 2, part_size, num_runs, own_run, found);
-            const float x = found.value.x / found.sum, y = found.value.y / found.sum;
-            *reinterpret_cast<unsigned*>(attention_of(i)) = pack(x * call.v_scale, y * call.v_scale);
+                found = sum_of_parts(parts + word, part_size, num_runs, own_run, found);
+            __half* const attention = attention_of(r) + 16 * j + i;
+            attention[0] = __float2half_rn(found.value.x / found.sum * call.v_scale);
+            attention[8] = __float2half_rn(found.value.y / found.sum * call.v_scale);
         }
         if (!goes_on) return;
         if (PARTS == 2) load_q_norm(call, weight);  // registers are shorter there

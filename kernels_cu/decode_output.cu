@@ -32,12 +32,14 @@ decode_output(const __grid_constant__ Call call)
     const int b = threadIdx.x / ROWS, n = first + threadIdx.x % ROWS;
     const bool mine = threadIdx.x < ROWS * gemv::MAX_VECTORS && b < call.batch * call.seq && n < call.hidden_size;
     const long long at = static_cast<long long>(b) * call.hidden_size + n;
-    float more = 0.0f;
+    // Added up after the product, or that would stand in line behind their loads.
+    float bias = 0.0f;
+    STORAGE residual = static_cast<STORAGE>(0.0f);
     int slot = 0;
     if (mine) {
         slot = call.rows[b].x;
-        if (call.o_bias != nullptr) more = call.o_bias[n];
-        if (call.residual != nullptr) more += static_cast<float>(call.residual[at]);
+        if (call.o_bias != nullptr) bias = call.o_bias[n];
+        if (call.residual != nullptr) residual = call.residual[at];
     }
     w.multiply<1, AT_ONCE>([&](int k, uint4 (&parts)[1]) {
         parts[0] = make_uint4(0, 0, 0, 0);
@@ -45,7 +47,7 @@ decode_output(const __grid_constant__ Call call)
     });
     __syncthreads();
     if (mine) {
-        const float value = gemv::sum_of_warps(memory, threadIdx.x) * call.o_unscale + more;
+        const float value = gemv::sum_of_warps(memory, threadIdx.x) * call.o_unscale + (bias + static_cast<float>(residual));
         call.y[at] = static_cast<STORAGE>(slot >= 0 ? value : slot == FAULT ? __int_as_float(0x7fffffff) : 0.0f);
     }
 }

@@ -16,13 +16,6 @@ __device__ __forceinline__ const float* qkv_of(const Call& call, int b, int toke
     return call.qkv + static_cast<long long>(m) * (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
 }
 
-// Rows past the last query head: their scores must be numbers.
-__device__ __forceinline__ void clear_queries(Shared& shared) {
-#pragma unroll 1
-    for (int i = threadIdx.x; i < static_cast<int>(sizeof(shared.q) / 16); i += THREADS)
-        reinterpret_cast<uint4*>(shared.q)[i] = make_uint4(0, 0, 0, 0);
-}
-
 // Four dims of every 128, which is what a lane has of a row.
 using Quads = float4[(HEAD_DIM + 127) / 128];
 
@@ -127,9 +120,10 @@ __device__ __forceinline__ void rotate_queries(Shared& shared, int rows, int dis
 }
 
 // Step j of a score takes 8 dims of the lower half of a head and the 8 they are rotated with: block j and block j +
-// HALF_BLOCKS. Query heads 8 t to 8 t + 7 as the B fragments of steps j and j + 1.
-__device__ __forceinline__ void load_queries(unsigned (&frag)[4], const __half* q, int t, int j) {
+// HALF_BLOCKS. Query heads 8 t to 8 t + 7 as the B fragments of steps j and j + 1; where there are fewer the last one again, since
+// scores must be numbers.
+__device__ __forceinline__ void load_queries(unsigned (&frag)[4], const __half* q, int rows, int t, int j) {
     const int lane = threadIdx.x % 32;
     const int block = min(j + lane / 16, HALF_BLOCKS - 1) + lane / 8 % 2 * HALF_BLOCKS;  // an odd last step: read, not used
-    load_matrices(frag, q + (8 * t + lane % 8) * STRIDE + block * 8);
+    load_matrices(frag, q + min(8 * t + lane % 8, rows - 1) * STRIDE + block * 8);
 }

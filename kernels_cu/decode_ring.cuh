@@ -59,12 +59,31 @@ __device__ __forceinline__ void copy_tile(const Call& call, Shared& shared, cons
 
 __device__ __forceinline__ bool has_new_tokens(const Cursor& to) { return to.past - to.slot < TILE; }
 
+// Eight elements of a new token: piece i of its k, or piece i - PIECES of its v.
+__device__ __forceinline__ const float* new_piece(const Call& call, int b, int token, int kv_head_idx, int i) {
+    const int head = call.num_q_heads + kv_head_idx + (i >= PIECES ? call.num_kv_heads : 0);
+    return qkv_of(call, b, token) + head * HEAD_DIM + i % PIECES * VECTOR;
+}
+
+// Store them in the tile they belong to and in the cache. `position`: of the sequence's last new token.
+__device__ __forceinline__ void store_new(const Call& call, Shared& shared, const Cursor& to, int stage, int slot,
+                                          int kv_head_idx, int position, int i, const float (&values)[VECTOR]) {
+    const int warp = threadIdx.x / 32, piece = i % PIECES;
+    const bool is_v = i >= PIECES;
+    STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
+    store8(target + place_of(slot - to.slot, piece), values);
+    STORAGE* const cached = is_v ? call.v_cache : call.k_cache;
+    const long long row = (static_cast<long long>(to.b) * call.num_kv_heads + kv_head_idx) * call.capacity + slot;
+    // One block of a group appends, and none what the last kernel calls a fault.
+    if (to.first_row == 0 && position < call.max_position) store8(cached + row * HEAD_DIM + piece * VECTOR, values);
+}
+
 // Append the new tokens that belong to a tile to the cache and to the tile. `at`, `new_at`: the head in use, and the position of the
 // last new token of its sequence.
 __device__ __forceinline__ void append_new(const Call& call, Shared& shared, const Cursor& to, int stage, const Cursor& at,
                                            int new_at) {
     if (!has_new_tokens(to)) return;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+    const int lane = threadIdx.x % 32;
     // Few tiles come this far: no part of it is to be worked out ahead of that.
     const int past = work_out_here(to.past), kv_head_idx = work_out_here(to.kv_head_idx);
     const int position = to.b == at.b ? new_at : new_position(call, to.b, past, to.count - 1);
@@ -73,17 +92,9 @@ __device__ __forceinline__ void append_new(const Call& call, Shared& shared, con
     for (int slot = IS_ONE ? past : max(past, to.slot); slot < end; ++slot) {
 #pragma unroll 1
         for (int i = lane; i < 2 * PIECES; i += 32) {
-            const bool is_v = i >= PIECES;
-            const int d = (is_v ? i - PIECES : i) * VECTOR;
             float values[VECTOR];
-            load8(qkv_of(call, to.b, slot - past) +
-                      (call.num_q_heads + (is_v ? call.num_kv_heads : 0) + kv_head_idx) * HEAD_DIM + d, values);
-            STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
-            store8(target + place_of(slot - to.slot, d / VECTOR), values);
-            STORAGE* const cached = is_v ? call.v_cache : call.k_cache;
-            const long long row = (static_cast<long long>(to.b) * call.num_kv_heads + kv_head_idx) * call.capacity + slot;
-            // One block of a group appends, and none what the last kernel calls a fault.
-            if (to.first_row == 0 && position < call.max_position) store8(cached + row * HEAD_DIM + d, values);
+            load8(new_piece(call, to.b, slot - past, kv_head_idx, i), values);
+            store_new(call, shared, to, stage, slot, kv_head_idx, position, i, values);
         }
         if (IS_ONE) break;
     }

@@ -43,9 +43,10 @@ struct alignas(16) Shared {
 // each other take a thread's two pairs in opposite order, so that reads of eight lanes meet no bank twice.
 __device__ __forceinline__ int turn_index(int offset, int pair) { return offset * PAIRS + (pair ^ (offset & 1)); }
 
-constexpr int SUM_STRIDE = SWIZZLED ? HEAD_DIM : HEAD_DIM + 4;
+constexpr int DIM_BLOCKS = HEAD_DIM / 16;
 
-// Where a row's dim lies among a warp's sums, which take the place of the tile it is done with.
-__device__ __forceinline__ int sum_index(int row, int d) {
-    return row * SUM_STRIDE + (SWIZZLED ? d ^ (row / 2 % 4 * 8) : d);
+// Where sums of rows r and r + 1, r even, and of dims 16 j + i and 8 more lie among a warp's sums, in units of 16 bytes. Sums take
+// the place of the tile that the warp is done with. Eight lanes that store next to each other meet no bank twice.
+__device__ __forceinline__ int sum_index(int r, int j, int i) {
+    return (r / 2 * DIM_BLOCKS + j) * 8 + (i ^ r % 8);
 }

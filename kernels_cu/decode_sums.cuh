@@ -7,7 +7,7 @@
 #include "decode_shared.cuh"
 
 struct Found {
-    float2 value;  // sums of weighted v, of two dims
+    float2 value;  // sums of weighted v, of dims 16 j + i and 8 more
     float largest, sum;
 };
 
@@ -17,8 +17,8 @@ __device__ __forceinline__ uint4 word_of(const Found& found) {
                       found.sum == 0.0f ? 0x80000000u : __float_as_uint(found.sum));
 }
 
-// Row r, dims d and d + 1, of what all warps found. All lanes of a warp together, and of the same row.
-__device__ __forceinline__ Found sum_of_warps(const Shared& shared, int r, int d) {
+// Row r, dims 16 j + i and 8 more, of what all warps found. All lanes of a warp together, and of the same row.
+__device__ __forceinline__ Found sum_of_warps(const Shared& shared, int r, int j, int i) {
     constexpr int SPAN = WARPS <= 8 ? 8 : 16;  // lane w % SPAN works out the weight of what warp w found
     const int lane = threadIdx.x % 32, w_of_lane = lane % SPAN;
     const float2 found = w_of_lane < WARPS ? shared.found[w_of_lane][r] : make_float2(MINUS_INFINITY, 0.0f);
@@ -32,7 +32,7 @@ __device__ __forceinline__ Found sum_of_warps(const Shared& shared, int r, int d
 #pragma unroll
     for (int lanes = SPAN / 2; lanes > 0; lanes /= 2) all.sum += __shfl_xor_sync(0xffffffffu, all.sum, lanes);
     const unsigned second_tiles = __ballot_sync(0xffffffffu, found.y < 0.0f);
-    const float* const sums = reinterpret_cast<const float*>(shared.ring) + sum_index(r, d);
+    const float* const sums = reinterpret_cast<const float*>(shared.ring) + 4 * sum_index(r & ~1, j, i) + r % 2 * 2;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
         const float weight = __shfl_sync(0xffffffffu, own_weight, w);

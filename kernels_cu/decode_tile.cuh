@@ -178,7 +178,7 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
 #pragma unroll
                 for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
-                    for (int p = 0; p < PARTS; ++p) load_queries(q_frag[t][p], shared.q[warp][p], t, j);
+                    for (int p = 0; p < PARTS; ++p) load_queries(q_frag[t][p], shared.q[warp][p], rows, t, j);
             }
             unsigned k_frag[4], k_rest[4];
 #pragma unroll

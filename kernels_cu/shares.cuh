@@ -31,6 +31,9 @@ constexpr bool BY_PIECES = false;
 #endif
 constexpr int LEAST_PIECE = 16, MOST_PIECES = 16;  // tiles, pieces of a head
 
+// What is counted here is not negative, which the compiler does not know.
+__device__ __forceinline__ int quotient(unsigned dividend, unsigned divisor) { return dividend / divisor; }
+
 // Tiles of a piece of a head with so many, and how many pieces that makes.
 __device__ __forceinline__ int piece_size(int tiles) { return max(LEAST_PIECE, (tiles + MOST_PIECES - 1) / MOST_PIECES); }
 
@@ -50,10 +53,11 @@ struct SequenceTiles {
 // First tile past those of a sequence.
 __device__ __forceinline__ int end_tile(int past, int count) { return (past + count - 1) / TILE + 1; }
 
-__device__ __forceinline__ SequenceTiles sequence_tiles(const Call& call, int b) {
+// `past`: of its tokens, those in the cache.
+__device__ __forceinline__ SequenceTiles sequence_tiles(const Call& call, int b, int past) {
     SequenceTiles s = {0, 1, 0, 0};
     if (b >= call.batch) return s;
-    s.past = __ldcg(call.lengths + b);
+    s.past = past;
     const int count = call.num_tokens != nullptr ? __ldcg(call.num_tokens + b) : IS_ONE ? 1 : call.seq;
     if (!IS_ONE) s.count = count;
 #ifdef WINDOW
@@ -64,17 +68,22 @@ __device__ __forceinline__ SequenceTiles sequence_tiles(const Call& call, int b)
     return s;
 }
 
+__device__ __forceinline__ SequenceTiles sequence_tiles(const Call& call, int b) {
+    return sequence_tiles(call, b, b < call.batch ? __ldcg(call.lengths + b) : 0);
+}
+
 // How the row of all tiles is cut: into runs of `size` tiles. With `whole`, every head is taken to have a multiple of that,
 // so that runs do not cross heads; its last run is then short. Otherwise it is taken to have `crossing` more than it has.
 struct Shares {
     int heads;  // of a sequence
     int size;
     bool whole;
+    int whole_width;  // of a head: all have as many tiles
     int crossing;
 
     __device__ __forceinline__ int width(int tiles) const {
         if (BY_PIECES) return pieces_of(tiles);
-        return whole ? (tiles + size - 1) / size * size : tiles > 0 ? tiles + crossing : 0;
+        return whole ? whole_width : tiles > 0 ? tiles + crossing : 0;
     }
 };
 
@@ -94,19 +103,20 @@ __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequen
     most = __reduce_max_sync(0xffffffffu, most);
     least = __reduce_min_sync(0xffffffffu, least);
     const int heads = call.batch * heads_a_sequence;
-    const int even = max(1, (total * heads_a_sequence + blocks - 1) / blocks);
-    if (BY_PIECES) return {heads_a_sequence, even, false, 0};
+    if (!BY_PIECES && most == least && heads <= blocks) {
+        const int runs = most <= ALONE ? 1 : min(quotient(blocks, heads), (most + WARPS - 1) / WARPS);
+        const int size = max(1, quotient(most + runs - 1, runs));
+        return {heads_a_sequence, size, true, quotient(most + size - 1, size) * size, 0};
+    }
+    const int even = max(1, quotient(total * heads_a_sequence + blocks - 1, blocks));
+    if (BY_PIECES) return {heads_a_sequence, even, false, 0, 0};
     if (most != least) {
         const int crossing = min(CROSSING, even / 2);  // it takes longer where long runs keep memory busy
         total += crossing * __reduce_add_sync(0xffffffffu, sequences);
-        return {heads_a_sequence, max((total * heads_a_sequence + blocks - 1) / blocks, WARPS), false, crossing};
+        return {heads_a_sequence, max(quotient(total * heads_a_sequence + blocks - 1, blocks), WARPS), false, 0, crossing};
     }
-    if (heads <= blocks) {
-        const int runs = most <= ALONE ? 1 : min(blocks / heads, (most + WARPS - 1) / WARPS);
-        return {heads_a_sequence, max(1, (most + runs - 1) / runs), true, 0};
-    }
-    const int whole_heads = (heads + blocks - 1) / blocks * most;  // an uneven end may cost less than crossing heads
-    return {heads_a_sequence, whole_heads <= even + even / 64 ? whole_heads : even, false, 0};
+    const int whole_heads = quotient(heads + blocks - 1, blocks) * most;  // an uneven end may cost less than crossing heads
+    return {heads_a_sequence, whole_heads <= even + even / 64 ? whole_heads : even, false, 0, 0};
 }
 
 // A place in a block's run: the next tile of this warp, and the head it belongs to.
@@ -173,10 +183,37 @@ __device__ __forceinline__ bool next_head(const Call& call, const Shares& shares
     return true;
 }
 
+// Enter a place in the row of all tiles, which is one of sequence s, that begins at `sequence_begin`; false if there is none.
+__device__ __forceinline__ bool enter(const Call& call, const Shares& shares, int b, const SequenceTiles& s, int width,
+                                      int sequence_begin, int place, Cursor& at) {
+    at.b = b, at.past = s.past, at.count = s.count, at.width = width;
+    at.head = quotient(place - sequence_begin, width);
+    const bool is_split = shares.heads > call.num_kv_heads;  // KV heads have more queries than ROWS
+    const int before = is_split ? quotient(at.head, call.num_kv_heads) : 0;
+    at.first_row = before * ROWS;
+    at.kv_head_idx = at.head - before * call.num_kv_heads;
+    at.begin = sequence_begin + at.head * width;
+    at.left = shares.size;
+    enter_head(call, at, s.first_tile, s.tiles, place - at.begin);
+    return BY_PIECES || place - at.begin < s.tiles || next_head(call, shares, at);
+}
+
+// What lane `source` has of a sequence.
+__device__ __forceinline__ SequenceTiles of_lane(const SequenceTiles& s, int source) {
+    const auto from = [&](int value) { return __shfl_sync(0xffffffffu, value, source); };
+    return {from(s.past), IS_ONE ? 1 : from(s.count), from(s.first_tile), from(s.tiles)};
+}
+
 // Find a place in the row of all tiles; false if there is none. All lanes of a warp together.
 __device__ __forceinline__ bool find(const Call& call, const Shares& shares, const SequenceTiles& mine, int place,
                                      Cursor& at) {
     const int lane = threadIdx.x % 32;
+    if (shares.whole && call.batch <= 32) {  // nothing has to be looked for
+        const int here = shares.whole_width * shares.heads;
+        const int b = call.batch > 1 ? quotient(place, max(here, 1)) : 0;
+        if (place >= here * call.batch) return false;
+        return enter(call, shares, b, of_lane(mine, b), shares.whole_width, b * here, place, at);
+    }
     int begin = 0;
 #pragma unroll 1
     for (int first = 0; first < call.batch; first += 32) {
@@ -191,19 +228,8 @@ __device__ __forceinline__ bool find(const Call& call, const Shares& shares, con
         const unsigned beyond = __ballot_sync(0xffffffffu, begin + end > place);
         if (beyond) {
             const int source = __ffs(beyond) - 1;
-            at.b = first + source;
-            at.past = __shfl_sync(0xffffffffu, s.past, source);
-            at.count = IS_ONE ? 1 : __shfl_sync(0xffffffffu, s.count, source);
-            at.width = __shfl_sync(0xffffffffu, width, source);
-            const int sequence_begin = begin + __shfl_sync(0xffffffffu, end - here, source);
-            at.head = (place - sequence_begin) / at.width;
-            at.first_row = at.head / call.num_kv_heads * ROWS;
-            at.kv_head_idx = at.head % call.num_kv_heads;
-            at.begin = sequence_begin + at.head * at.width;
-            at.left = shares.size;
-            const int tiles = __shfl_sync(0xffffffffu, s.tiles, source);
-            enter_head(call, at, __shfl_sync(0xffffffffu, s.first_tile, source), tiles, place - at.begin);
-            return BY_PIECES || place - at.begin < tiles || next_head(call, shares, at);
+            return enter(call, shares, first + source, of_lane(s, source), __shfl_sync(0xffffffffu, width, source),
+                         begin + __shfl_sync(0xffffffffu, end - here, source), place, at);
         }
         begin += __shfl_sync(0xffffffffu, end, 31);
     }
