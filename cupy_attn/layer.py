@@ -18,7 +18,6 @@ from .rope import ANGLE_DTYPES
 from .weights import AttentionWeights, takes_precise_path
 
 DEVICES = ("auto", "cuda", "cpu")
-SHORT = 64  # tokens a sequence: longer calls need scratch by the tokens of all, shorter ones by batch and length
 
 
 class Attention:
@@ -104,7 +103,6 @@ class Attention:
         self.batch_invariant = bool(batch_invariant)
         self._backend: Any = backend(self.config, self.weights, angles=angles, batch_invariant=self.batch_invariant)
         self.device: str = self._backend.name
-        self._most_tokens: dict[tuple[Any, ...], int] = {}
 
     def __repr__(self) -> str:
         c = self.config
@@ -200,8 +198,7 @@ class Attention:
         if stages is not None and not isinstance(stages, dict):
             raise InputError(f"stages is a {type(stages).__name__}; pass a dict to be filled.")
         counts = check_num_tokens(num_tokens, batch, seq)
-        stream = None if xp is np else xp.cuda.get_current_stream()
-        capturing = stream is not None and stream.is_capturing()
+        capturing = xp is not np and xp.cuda.get_current_stream().is_capturing()
         if capturing:
             self._check_capturable(on_gpu=on_gpu, cache=cache, given=[positions, num_tokens, stages])
         if cache is None:
@@ -216,8 +213,6 @@ class Attention:
             x, residual = xp.asarray(x), None if residual is None else xp.asarray(residual)
         target = out if on_gpu else None
         plan = Plan(x, residual, given, counts, self.dtype, stages, target, positions is None, num_tokens is None)
-        if stream is not None and not capturing:
-            self._wait_for_scratch(stream, batch, seq, collect=stages is not None)
         y = self._backend.forward(plan, cache)
         if capturing:
             cache.mark_captured()  # nothing has run: the graph's replays append
@@ -230,17 +225,6 @@ class Attention:
         if y is not out:
             out[...] = y
         return out
-
-    def _wait_for_scratch(self, stream: Any, batch: int, seq: int, *, collect: bool) -> None:
-        """Wait for the stream ahead of a call that may need more scratch than those before it.
-
-        What kernels must find zero is zeroed beside the stream, in memory of a pool that this stream may still be
-        writing for whoever had it last.
-        """
-        kind = (stream.ptr, collect, batch, seq) if seq <= SHORT else (stream.ptr, collect)
-        if self._most_tokens.get(kind, 0) < batch * seq:
-            stream.synchronize()
-            self._most_tokens[kind] = batch * seq
 
     def _check_capturable(self, *, on_gpu: bool, cache: KVCache | None, given: list[Any]) -> None:
         """Raise InputError unless a call needs nothing from the host, which a graph's replays would not ask again."""

@@ -17,20 +17,24 @@ class Workspace:
     def __init__(self) -> None:
         self.generation = 0  # goes up whenever a buffer moves
         self._buffers: dict[str, Any] = {}
-        self._zeroed: set[str] = set()
+        self._fills: dict[str, int] = {}
         self._kept: list[Any] = []
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: Any, *, capturing: bool, zeroed: bool = False) -> Any:
+    def take(
+        self, name: str, shape: tuple[int, ...], dtype: Any, *, capturing: bool, fill: int | None = None
+    ) -> Any:  # fmt: skip
         """Return a buffer of at least this size as an array.
 
         Parameters
         ----------
         name : str
-            Which one; ``zeroed`` ones are zero when made, and what kernels leave in them stays.
+            Which one.
         shape, dtype
             Of the array.
         capturing : bool
             Whether the stream is being captured: a graph keeps the address, so the buffer must outlive it.
+        fill : int, optional
+            What all its bytes are when it is made. What kernels leave in such a buffer stays.
         """
         import cupy
 
@@ -38,28 +42,42 @@ class Workspace:
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < nbytes:
-            buffer = self._buffers[name] = cupy.empty(nbytes, np.uint8)
+            if fill is None:
+                buffer = cupy.empty(nbytes, np.uint8)
+            else:
+                buffer = _filled_now(nbytes, fill) if capturing else cupy.full(nbytes, fill, np.uint8)
+                self._fills[name] = fill
+            self._buffers[name] = buffer  # once it is what it should be: a call may be interrupted
             self.generation += 1
-            if zeroed:
-                # Not by the current stream: while that is captured, nothing would be zero before the graph is replayed.
-                with cupy.cuda.Stream(non_blocking=True) as own:
-                    buffer.fill(0)
-                    own.synchronize()
-                self._zeroed.add(name)
         if capturing and not any(kept is buffer for kept in self._kept):
             self._kept.append(buffer)
         return buffer[:nbytes].view(dtype).reshape(shape)
 
-    def clear(self, name: str) -> None:
-        """Zero a buffer where it is, as graphs may hold it: a call ended halfway and left it in no known state."""
+    def refill(self, name: str) -> None:
+        """Fill a buffer again where it is, as graphs may hold it: a call ended halfway and left it in no known state."""
         if name in self._buffers:
-            self._buffers[name].fill(0)
+            self._buffers[name].fill(self._fills[name])
 
     def poison(self) -> None:
         """Fill every buffer that kernels must write before they read with 0xff bytes: NaN, for tests."""
         for name, buffer in self._buffers.items():
-            if name not in self._zeroed:
+            if name not in self._fills:
                 buffer.fill(0xFF)
+
+
+def _filled_now(nbytes: int, fill: int) -> Any:
+    """Return filled bytes while a stream is being captured, which would fill them only when the graph is replayed.
+
+    Not from the pool: that gives again what was freed in the capture, and the graph's replays write there.
+    """
+    import cupy
+
+    memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(nbytes), 0)
+    buffer = cupy.ndarray(nbytes, np.uint8, memory)
+    with cupy.cuda.Stream(non_blocking=True) as own:
+        buffer.fill(fill)
+        own.synchronize()
+    return buffer
 
 
 _workspaces: dict[tuple[int, int], Workspace] = {}

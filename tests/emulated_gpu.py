@@ -447,7 +447,7 @@ def fake_cupy() -> types.ModuleType:
         return lambda *args, **options: make(*args, **options).view(DeviceArray)
 
     cupy.ndarray = DeviceArray
-    for name in ("zeros", "ascontiguousarray"):
+    for name in ("zeros", "full", "ascontiguousarray"):
         setattr(cupy, name, on_device(getattr(np, name)))
     cupy.empty = on_device(unwritten)
     cupy.asarray = on_device(np.array)

@@ -139,19 +139,6 @@ def test_decode_leaves_nothing_behind_for_the_next_call_to_take_for_its_own(gpu,
         assert not space._buffers["counters"].any()
 
 
-def test_only_calls_that_may_need_more_scratch_wait_for_the_stream(gpu, monkeypatch):
-    layer, done = make_layer(config_of(*SHAPES[0]), "float16", TAME), []
-    take = workspace.Workspace.take
-    monkeypatch.setattr(workspace.Workspace, "take", lambda *args, **given: done.append("take") or take(*args, **given))
-    monkeypatch.setattr(emulated_gpu._Stream, "synchronize", lambda stream: done.append("wait"))
-    for batch, seq, more in [(1, 1, True), (1, 1, False), (3, 1, True), (1, 3, True), (3, 1, False), (1, 80, True),
-                             (1, 70, False), (2, 70, True)]:  # fmt: skip
-        cache = filled_cache(layer, [20] * batch, 100)
-        done.clear()
-        call(layer, cache, seq)
-        assert done[0] == ("wait" if more else "take"), (batch, seq)
-
-
 @pytest.mark.parametrize("batch", [1, 6])
 def test_decode_where_blocks_have_more_rows_of_weights_than_threads(monkeypatch, batch):
     emulated_gpu.pretend(monkeypatch, num_sms=13)
