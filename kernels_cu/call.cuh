@@ -188,13 +188,15 @@ __device__ __forceinline__ int2 describe_row(const Call& call, int m, const Sequ
     return call.rows[m] = place;
 }
 
-// Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more.
-__device__ __forceinline__ void advance_length(const Call& call, int b) {
-    const Sequence s = sequence(call, b);
+// Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more. `s`, which no kernel
+// of the call changes, may be looked up before that one waits.
+__device__ __forceinline__ void advance_length(const Call& call, int b, const Sequence& s) {
     if (s.fault) *call.fault = 1;
     call.lengths[b] = s.past + s.count;
-    if (b == 0 && call.notes != nullptr) ++call.notes->number;
+    if (b == 0 && call.notes != nullptr) atomicAdd(&call.notes->number, 1u);  // nobody waits for the answer
 }
+
+__device__ __forceinline__ void advance_length(const Call& call, int b) { advance_length(call, b, sequence(call, b)); }
 
 __device__ __forceinline__ void advance_lengths(const Call& call) {
     for (int b = threadIdx.x; b < call.batch; b += blockDim.x) advance_length(call, b);

@@ -18,8 +18,11 @@ decode_output(const __grid_constant__ Call call)
     let_next_kernel_begin();
     __shared__ __align__(16) Memory memory[gemv::WARPS];
     if (blockIdx.x == gridDim.x - 1) {
+        const int b = threadIdx.x;
+        Sequence s = {};
+        if (b < call.batch) s = sequence(call, b);
         wait_for_previous_kernel();
-        advance_lengths(call);
+        if (b < call.batch) advance_length(call, b, s);
         return;
     }
     const int k_size = call.num_q_heads * HEAD_DIM, first = blockIdx.x * ROWS;

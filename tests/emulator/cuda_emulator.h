@@ -567,8 +567,9 @@ inline int __any_sync(unsigned, int predicate) {
 
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(unsigned bits) { return __builtin_ffs(static_cast<int>(bits)); }
-inline int atomicAdd(int* place, int value) {
-    const int before = *place;
+template <typename T>
+T atomicAdd(T* place, T value) {
+    const T before = *place;
     *place += value;
     return before;
 }
