@@ -357,12 +357,12 @@ class CudaBackend:
         counts = [launch.ready_counters(batch * seq)]
         if decode:
             attend = next(one for one in launches if one.name == "attend_decode")
-            part_words, head_counters = launch.decode_parts(config, batch, seq, attend)
+            part_words, arrivals = launch.decode_parts(config, batch, seq, attend)
             few = [one for one in launches if one.name.endswith("_few")]
             buffers["qkv"] = (batch * seq, (heads + 2 * kv_heads) * dim), np.float32
             if few:
                 buffers["partial"] = (max(launch.few_floats(one) for one in few),), np.float32
-            counts += [head_counters, *(launch.few_counters(one) for one in few)]
+            counts += [launch.few_counters(one) for one in few]
         else:
             buffers["q"] = (parts, batch * seq, heads, dim), np.float16
             buffers["k"] = (parts, batch, kv_heads, scratch, dim), np.float16
@@ -372,6 +372,7 @@ class CudaBackend:
                           for name, (size, dtype) in buffers.items()}  # fmt: skip
         zeroed = {"counters": workspace.take("counters", (max(counts),), np.int32, capturing=capturing, fill=0)}
         if decode:
+            zeroed["arrivals"] = workspace.take("arrivals", (arrivals,), np.int32, capturing=capturing, fill=0)
             zeroed["parts"] = workspace.take("parts", (part_words, 4), np.uint32, capturing=capturing, fill=0)
         self._set(notes=0)
         if noted:

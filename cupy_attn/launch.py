@@ -33,7 +33,7 @@ _POINTERS = (
     "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "folded_proj", "o_proj", "k_proj", "input_norm",
     "q_norm", "k_norm", "qkv_bias", "o_bias", "frequency", "k_turns", "k_cache", "v_cache", "lengths",
     "cached_positions", "fault", "rows", "notes", "hidden", "q", "k", "v", "attention", "qkv", "partial", "parts",
-    "counters",
+    "counters", "arrivals",
     "stage_input_norm", "stage_q", "stage_k", "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope",
     "stage_row_max", "stage_lse", "stage_attention", "stage_output",
 )  # fmt: skip

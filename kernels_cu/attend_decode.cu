@@ -32,7 +32,7 @@ attend_decode(const __grid_constant__ Call call)
     extern __shared__ __align__(512) char smem[];  // sizeof(Shared), rows at multiples of their length; see launch.py
     Shared& shared = *reinterpret_cast<Shared*>(smem);
     __shared__ bool is_last;  // of the blocks that have a part in the head
-    __shared__ int counted;   // before this block, in the next head
+    __shared__ int arrived;   // at the head before this block
     __shared__ int2 runs;  // of a head: the first block, or piece, that has a part in it, and how many have
     // What is not needed within a head, since registers are short: where the first warp entered it, and how all is shared out.
     __shared__ Cursor here;
@@ -54,6 +54,13 @@ attend_decode(const __grid_constant__ Call call)
         return;
     }
 
+    if (is_keeper) kept_shares = shares;
+    // Blocks count themselves when they come to a head, ahead of any wait for others in it. So whoever is last waits only for blocks
+    // that are under way, and no circle of waits can be: all go through heads in one order. The answer takes a while.
+    const auto arrivals_at = [&](const Cursor& to) { return call.arrivals + to.b * kept_shares.heads + to.head; };
+    const auto arrive = [&](const Cursor& to) { return is_keeper ? atomicAdd(arrivals_at(to), 1) : 0; };
+    int before = arrive(at);  // before the wait: nobody else counts
+
     // `ahead` is up to STAGES tiles before the one in use.
     const unsigned long long policy = read_once();
     const auto copy = [&](const Cursor& to, int stage, bool is_v) { copy_tile(call, shared, to, stage, is_v, policy); };
@@ -74,11 +81,6 @@ attend_decode(const __grid_constant__ Call call)
         if (has_own) copy(own_first, 0, is_v);
         copies_commit();
     }
-    // Blocks count themselves when they come to a head, ahead of any wait for others in it. So whoever is last waits only for blocks
-    // that are under way, and no circle of waits can be: all go through heads in one order.
-    const auto count = [&](const Cursor& to) {
-        if (is_keeper) counted = atomicAdd(call.counters + to.b * kept_shares.heads + to.head, 1);
-    };
     const auto find_runs = [&](const Cursor& to) {
         if (!is_keeper) return;
         const Shares shares = kept_shares;
@@ -86,7 +88,6 @@ attend_decode(const __grid_constant__ Call call)
         runs.y = BY_PIECES ? to.width : quotient(to.begin + to.width - shares.crossing - 1, shares.size) - runs.x + 1;
     };
     if (threadIdx.x == 0) here = at;
-    if (is_keeper) kept_shares = shares;
     Quads weight, own_query;
     load_q_norm(call, weight);
     // A new token in a warp's first tile is asked for along with q; the others of the block do not wait for it.
@@ -97,7 +98,6 @@ attend_decode(const __grid_constant__ Call call)
     wait_for_previous_kernel();
     if (has_new) load8(new_source, new_values);
     load_query(call, at, group, warp, own_query);
-    count(at);
     // The rest, while those are on their way.
     find_runs(at);
     Cursor ahead = own_first;
@@ -107,6 +107,7 @@ attend_decode(const __grid_constant__ Call call)
     if (more) copy(ahead, 1, false);
     copies_commit();
     normalise_queries(call, shared, at, group, weight, own_query);
+    if (is_keeper) arrived = before;
     copies_wait<3>();  // for all but tiles
     let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
     __syncthreads();
@@ -194,10 +195,10 @@ attend_decode(const __grid_constant__ Call call)
             new_at = new_position(call, next.b, next.past, next.count - 1);
         }
         if (is_keeper) {
-            is_last = counted == runs.y - 1;
-            if (is_last) call.counters[at.b * kept_shares.heads + at.head] = 0;
+            is_last = arrived == runs.y - 1;
+            if (is_last) *arrivals_at(at) = 0;
         }
-        if (goes_on) count(next);
+        if (goes_on) before = arrive(next);
         __syncthreads();
         const int first_run = runs.x, num_runs = runs.y, head_idx = at.b * kept_shares.heads + at.head;
         const auto attention_of = [&](int r) {  // of row r
@@ -227,6 +228,7 @@ attend_decode(const __grid_constant__ Call call)
             attention[8] = __float2half_rn(found.value.y / found.sum * call.v_scale);
         }
         if (!goes_on) return;
+        if (is_keeper) arrived = before;
         if (PARTS == 2) load_q_norm(call, weight);  // registers are shorter there
         normalise_queries(call, shared, next, group, weight, own_query);
         if (threadIdx.x == 0) here = next;

@@ -51,6 +51,7 @@ struct Call {
     float* partial;     // of project_*_few.cu, decode only
     uint4* parts;       // of attend_decode.cu, decode only; zero between kernels
     int* counters;      // zero between kernels
+    int* arrivals;      // [heads of all sequences], of blocks of attend_decode.cu, decode only; zero between calls
     // Stages to collect (-D COLLECT), float32, laid out as in reference.py.
     float* stage_input_norm;
     float* stage_q;

@@ -137,6 +137,7 @@ def test_decode_leaves_nothing_behind_for_the_next_call_to_take_for_its_own(gpu,
         (space,) = workspace._workspaces.values()
         assert not space._buffers["parts"].any()
         assert not space._buffers["counters"].any()
+        assert not space._buffers["arrivals"].any()
 
 
 @pytest.mark.parametrize("batch", [1, 6])
