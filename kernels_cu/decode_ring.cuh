@@ -12,17 +12,21 @@ __device__ __forceinline__ int work_out_here(int value) {
 
 // Ask for what does not depend on tokens, ahead of keys: behind them it would stand in line. All threads of a block together.
 __device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
-    const auto copy = [](void* target, const void* source, int bytes) {
-#pragma unroll 1
-        for (int i = threadIdx.x * 16; i < bytes; i += THREADS * 16)
-            copy16_async(static_cast<char*>(target) + i, static_cast<const char*>(source) + i, true);
+    const auto copy = [](auto& target, const void* source) {
+        constexpr int BYTES = sizeof(target);
+#pragma unroll  // a loop would take longer than lengths do, which are on their way
+        for (int first = 0; first < BYTES; first += THREADS * 16) {
+            const int i = first + threadIdx.x * 16;
+            if (i < BYTES)
+                copy16_async(reinterpret_cast<char*>(&target) + i, static_cast<const char*>(source) + i, true);
+        }
     };
 #ifdef FLOAT32_ANGLES
-    copy(shared.k_norm, call.k_norm, sizeof(shared.k_norm));
+    copy(shared.k_norm, call.k_norm);
 #else
-    copy(shared.turn, call.k_turns, sizeof(shared.turn));
+    copy(shared.turn, call.k_turns);
 #endif
-    copy(shared.frequency, call.frequency, sizeof(shared.frequency));
+    copy(shared.frequency, call.frequency);
     copies_commit();
 }
 
