@@ -20,7 +20,7 @@ FEW_ROWS, FEW_THREADS, FEW_CHUNK, FEW_STAGES, MAX_SPLITS = 64, 128, 64, 4, 8  # 
 ROW_THREADS = 128  # normalise_row.cuh
 MAX_FEW = 256  # tokens: for more than that, tiles of a matrix product read the weights less often
 GEMM_WARPS, GEMM_BLOCK_K = 4, 64
-DECODE_TILE, DECODE_STAGES = 16, 2  # attend_decode.cu: keys of a warp's tile, tiles of its ring
+DECODE_TILE, DECODE_STAGES = 16, 2  # shares.cuh, decode_shared.cuh: keys of a warp's tile, tiles of its ring
 MOST_PIECES = 16  # shares.cuh
 # Tokens of a call and of a sequence, and queries of a KV head and sequence, that decode kernels take, which share out
 # keys among all multiprocessors but normalise them again for every 16 queries.

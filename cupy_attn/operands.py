@@ -19,7 +19,7 @@ OPERAND_BITS, VALUE_BITS = 15, 11
 # The same of 8-bit weights of K; and what storage.cuh multiplies their operands by.
 REST_BITS, E4M3_SCALE = 8, 32.0
 STEP = 8  # positions from one row of a thread of finish_heads.cuh to the other
-TURN_SCALE = 1 / 8  # attend_decode.cu: room for keys that are not normalised yet
+TURN_SCALE = 1 / 8  # decode_tile.cuh: room for keys that are not normalised yet
 
 
 def power_of_two(largest: float, bits: int) -> float:

@@ -39,7 +39,7 @@ attend_decode(const __grid_constant__ Call call)
     __shared__ Shares kept_shares;
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
-    const bool is_keeper = threadIdx.x == WARPS / 2 * 32;  // of accounts: the first warps have queries, the last has new tokens
+    const bool is_keeper = threadIdx.x == WARPS / 2 * 32;  // of accounts: other warps have queries or a new token
     const int group = call.num_q_heads / call.num_kv_heads;
     const int queries = IS_ONE ? group : group * call.seq;  // of a KV head and sequence
     const int heads_a_sequence = call.num_kv_heads * ((queries + ROWS - 1) / ROWS);
@@ -55,13 +55,13 @@ attend_decode(const __grid_constant__ Call call)
     }
 
     if (is_keeper) kept_shares = shares;
-    // Blocks count themselves when they come to a head, ahead of any wait for others in it. So whoever is last waits only for blocks
-    // that are under way, and no circle of waits can be: all go through heads in one order. The answer takes a while.
+    // Blocks count themselves when they come to a head, ahead of any wait for others in it and in the one before. So whoever
+    // is last waits only for blocks that are under way, in this head or an earlier one. All go through heads in one order, and no
+    // circle of waits can be. The answer takes a while.
     const auto arrivals_at = [&](const Cursor& to) { return call.arrivals + to.b * kept_shares.heads + to.head; };
     const auto arrive = [&](const Cursor& to) { return is_keeper ? atomicAdd(arrivals_at(to), 1) : 0; };
-    int before = arrive(at);  // before the wait: nobody else counts
+    int before = arrive(at);  // the kernel ahead has waited, so the attend_decode before this one has ended
 
-    // `ahead` is up to STAGES tiles before the one in use.
     const unsigned long long policy = read_once();
     const auto copy = [&](const Cursor& to, int stage, bool is_v) { copy_tile(call, shared, to, stage, is_v, policy); };
     int new_at = -1;  // position of the sequence's last new token
@@ -100,7 +100,7 @@ attend_decode(const __grid_constant__ Call call)
     load_query(call, at, group, warp, own_query);
     // The rest, while those are on their way.
     find_runs(at);
-    Cursor ahead = own_first;
+    Cursor ahead = own_first;  // up to STAGES tiles further on than `at`
     if (has_own) go_on(ahead);
     bool more = has_own && find_tile(call, shares, ahead);
     if (counts_on) new_at += at.count;
@@ -204,8 +204,8 @@ attend_decode(const __grid_constant__ Call call)
         const auto attention_of = [&](int r) {  // of row r
             const int query = at.first_row + r, token = IS_ONE ? 0 : query / group;
             const long long m = IS_ONE ? at.b : static_cast<long long>(at.b) * call.seq + token;
-            const int head_idx = at.kv_head_idx * group + query - token * group;
-            return call.attention + (m * call.num_q_heads + head_idx) * HEAD_DIM;
+            const int q_head_idx = at.kv_head_idx * group + query - token * group;
+            return call.attention + (m * call.num_q_heads + q_head_idx) * HEAD_DIM;
         };
         const int own_run = BY_PIECES ? at.piece : static_cast<int>(blockIdx.x) - first_run;
         const int part_size = min(ROWS, queries) * (HEAD_DIM / 2);

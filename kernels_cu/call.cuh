@@ -86,7 +86,8 @@ struct Call {
 };
 
 // A kernel may begin before the one ahead of it in the stream has ended. Until this returns it must neither read what
-// that one writes nor write anything: only weights and tables are there already.
+// that one writes nor write anything: only weights and tables are there already. attend_decode knows more
+// of the kernel ahead of it.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -100,7 +101,7 @@ constexpr bool OVERLAPPING = false;
 #endif
 
 // Once every block has said so, the next kernel's blocks may take what room there is. Kernels that say so before their own
-// wait, as *_wgmma do, must not stand right before attend_decode, which reads lengths and keys before its wait.
+// wait, as most do, must not stand right before attend_decode, which reads lengths and keys before its wait, and counts.
 __device__ __forceinline__ void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -136,7 +137,7 @@ __device__ constexpr bool is_float16(__half*) { return true; }
 __device__ constexpr bool is_float16(__nv_bfloat16*) { return false; }
 constexpr bool STORED_AS_FLOAT16 = is_float16(static_cast<STORAGE*>(nullptr));
 
-constexpr int POSITION_ALIGNMENT = 16;  // ints: attend_decode.cu copies as many at a time
+constexpr int POSITION_ALIGNMENT = 16;  // ints: decode_ring.cuh copies as many at a time
 
 // Positions of the cached keys of sequence b.
 __device__ __forceinline__ int* positions_of(const Call& call, int b) {
@@ -189,8 +190,8 @@ __device__ __forceinline__ int2 describe_row(const Call& call, int m, const Sequ
     return call.rows[m] = place;
 }
 
-// Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more. `s`, which no kernel
-// of the call changes, may be looked up before that one waits.
+// Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more. `s`, which
+// no kernel of the call changes, may be looked up before that one waits.
 __device__ __forceinline__ void advance_length(const Call& call, int b, const Sequence& s) {
     if (s.fault) *call.fault = 1;
     call.lengths[b] = s.past + s.count;

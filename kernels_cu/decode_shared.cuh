@@ -36,7 +36,7 @@ struct alignas(16) Shared {
     float q_norm[ROWS * HEAD_DIM];             // normalised queries, not rotated
     uint2 frequency[PAIRS];
     int positions[WARPS][STAGES][TILE];        // of the keys in the ring, but for new tokens
-    float2 found[WARPS][ROWS];                 // of a warp's tiles: what scores are relative to, sum of weights
+    float2 found[WARPS][ROWS];                 // of a warp's tiles: what scores are relative to; sum of weights, signed
 };
 
 // Where the factors of (offset, pair) lie in call.k_turns, w_low cos, w_high sin, w_high cos, w_low sin: two keys next to

@@ -8,8 +8,6 @@
 #include "decode_queries.cuh"
 #include "decode_ring.cuh"
 
-constexpr int D_BLOCKS = HEAD_DIM / 8;
-
 // Where angles come from the table, keys are rotated as they were cached and the norm goes to their scores. The table is so much
 // smaller than float16 allows for normalised keys; those whose reciprocal norm is not between these are first brought near one.
 #ifdef FLOAT32_ANGLES
@@ -21,7 +19,7 @@ constexpr float TURN_UNSCALE = 8.0f, LEAST_RSTD = 0.07f, MOST_RSTD = PARTS == 2 
 
 // What a warp has found of a head. Of heads 8 t + 2 (l % 4) + {0, 1}, of lane l:
 struct Sums {
-    float out[HEAD_TILES][D_BLOCKS / 2][4];  // weighted v: [.][16 dims], dims l / 4 and 8 more
+    float out[HEAD_TILES][DIM_BLOCKS][4];  // weighted v: [.][16 dims], dims l / 4 and 8 more
     float shift[HEAD_TILES][2];              // what scores are taken relative to
     float sum[HEAD_TILES][2];                // of this lane's weights
     // Whether no key was seen yet: one new token sees all that are; of several, and by window, each its own.
@@ -39,7 +37,7 @@ __device__ __forceinline__ void begin_sums(const Call& call, const Cursor& at, i
 #pragma unroll
     for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
-        for (int j = 0; j < D_BLOCKS / 2; ++j)
+        for (int j = 0; j < DIM_BLOCKS; ++j)
 #pragma unroll
             for (int e = 0; e < 4; ++e) sums.out[t][j][e] = 0.0f;
 #pragma unroll
@@ -227,8 +225,7 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
 #pragma unroll
                 for (int e = 0; e < 4; ++e) {
                     weights[t][e] = scores[t][e] - shift[t][e % 2];
-                    // Rows past the last have what was left of another head.
-                    if (!BY_PIECES || 8 * t + 2 * quad + e % 2 < rows) most = fmaxf(most, weights[t][e]);
+                    most = fmaxf(most, weights[t][e]);
                 }
             return most;
         };
@@ -256,7 +253,7 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
                     if (!IS_ONE) nothing = nothing && !(most > MINUS_INFINITY);
                     if (IS_ONE && nothing) continue;
 #pragma unroll
-                    for (int j = 0; j < D_BLOCKS / 2; ++j) out[t][j][e] *= shrink, out[t][j][e + 2] *= shrink;
+                    for (int j = 0; j < DIM_BLOCKS; ++j) out[t][j][e] *= shrink, out[t][j][e + 2] *= shrink;
                 }
             if (IS_ONE) nothing_seen[0][0] = nothing_seen[0][0] && !__any_sync(0xffffffffu, seen);
             weigh();
@@ -279,7 +276,7 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
         __syncwarp();
         const unsigned v_address = shared_address(v_smem + place_of(lane / 16 * 8 + lane % 8, lane / 8 % 2));
 #pragma unroll
-        for (int j = 0; j < D_BLOCKS / 2; ++j) {
+        for (int j = 0; j < DIM_BLOCKS; ++j) {
             unsigned v_frag[4];  // 16 dims x 16 keys
             load_matrices_transposed(v_frag, IS_XOR ? further_address(v_address, 2 * j) :
                 shared_address(v_smem + place_of(lane / 16 * 8 + lane % 8, 2 * j + lane / 8 % 2)));

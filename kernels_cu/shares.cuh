@@ -63,7 +63,7 @@ __device__ __forceinline__ SequenceTiles sequence_tiles(const Call& call, int b,
 #ifdef WINDOW
     s.first_tile = max(0, s.past - call.window + 1) / TILE;  // positions rise at least as fast as places
 #endif
-    // New tokens at positions past the model's get their tiles; `append` leaves them out and the last kernel says NaN.
+    // New tokens at positions past the model's get their tiles; `store_new` leaves them out and the last kernel says NaN.
     s.tiles = count > 0 && s.past + s.count <= call.capacity ? end_tile(s.past, s.count) - s.first_tile : 0;
     return s;
 }
