@@ -91,17 +91,22 @@ struct Shares {
 __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequence, const SequenceTiles& mine) {
     const int lane = threadIdx.x % 32, blocks = gridDim.x;
     int total = 0, sequences = 0, most = 0, least = 0x7fffffff;
+    if (call.batch == 1) {
+        most = least = __shfl_sync(0xffffffffu, mine.tiles, 0);
+        total = BY_PIECES ? pieces_of(most) : most;
+    } else {
 #pragma unroll 1  // code that is skipped is fetched all the same
-    for (int first = 0; first < call.batch; first += 32) {
-        const int tiles = first == 0 ? mine.tiles : sequence_tiles(call, first + lane).tiles;
-        total += BY_PIECES ? pieces_of(tiles) : tiles;
-        sequences += tiles > 0;
-        most = max(most, tiles);
-        if (first + lane < call.batch) least = min(least, tiles);
+        for (int first = 0; first < call.batch; first += 32) {
+            const int tiles = first == 0 ? mine.tiles : sequence_tiles(call, first + lane).tiles;
+            total += BY_PIECES ? pieces_of(tiles) : tiles;
+            sequences += tiles > 0;
+            most = max(most, tiles);
+            if (first + lane < call.batch) least = min(least, tiles);
+        }
+        total = __reduce_add_sync(0xffffffffu, total);
+        most = __reduce_max_sync(0xffffffffu, most);
+        least = __reduce_min_sync(0xffffffffu, least);
     }
-    total = __reduce_add_sync(0xffffffffu, total);
-    most = __reduce_max_sync(0xffffffffu, most);
-    least = __reduce_min_sync(0xffffffffu, least);
     const int heads = call.batch * heads_a_sequence;
     if (!BY_PIECES && most == least && heads <= blocks) {
         const int runs = most <= ALONE ? 1 : min(quotient(blocks, heads), (most + WARPS - 1) / WARPS);
