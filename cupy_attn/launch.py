@@ -243,7 +243,7 @@ def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits, seq: in
 
 
 def decode_parts(config: AttentionConfig, batch: int, seq: int, one: Launch) -> tuple[int, int]:
-    """Return the words of 128 bits of all parts that ``attend_decode.cu`` writes at most, and the counters it needs."""
+    """Return the words of 128 bits of all parts that ``attend_decode.cu`` writes at most, and its arrival counters."""
     rows = 8 * _head_tiles(config, seq)
     heads = batch * config.num_key_value_heads * -(-config.group * seq // rows)
     runs = heads * MOST_PIECES if "BATCH_INVARIANT" in dict(one.macros) else one.grid

@@ -54,7 +54,7 @@ class Workspace:
         return buffer[:nbytes].view(dtype).reshape(shape)
 
     def refill(self, name: str) -> None:
-        """Fill a buffer again where it is, as graphs may hold it: a call ended halfway and left it in no known state."""
+        """Fill a buffer again where it is, as graphs may hold it: a call that ended halfway left it in no known state."""
         if name in self._buffers:
             self._buffers[name].fill(self._fills[name])
 

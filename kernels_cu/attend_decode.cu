@@ -32,14 +32,14 @@ attend_decode(const __grid_constant__ Call call)
     extern __shared__ __align__(512) char smem[];  // sizeof(Shared), rows at multiples of their length; see launch.py
     Shared& shared = *reinterpret_cast<Shared*>(smem);
     __shared__ bool is_last;  // of the blocks that have a part in the head
-    __shared__ int arrived;   // at the head before this block
+    __shared__ int arrived;   // blocks at the head before this one; the keeper's, kept here since registers are short
     __shared__ int2 runs;  // of a head: the first block, or piece, that has a part in it, and how many have
     // What is not needed within a head, since registers are short: where the first warp entered it, and how all is shared out.
     __shared__ Cursor here;
     __shared__ Shares kept_shares;
 
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
-    const bool is_keeper = threadIdx.x == WARPS / 2 * 32;  // of accounts: other warps have queries or a new token
+    const bool is_keeper = threadIdx.x == WARPS / 2 * 32;  // of accounts; most often other warps have queries and new tokens
     const int group = call.num_q_heads / call.num_kv_heads;
     const int queries = IS_ONE ? group : group * call.seq;  // of a KV head and sequence
     const int heads_a_sequence = call.num_kv_heads * ((queries + ROWS - 1) / ROWS);

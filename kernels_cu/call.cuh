@@ -86,8 +86,8 @@ struct Call {
 };
 
 // A kernel may begin before the one ahead of it in the stream has ended. Until this returns it must neither read what
-// that one writes nor write anything: only weights and tables are there already. attend_decode knows more
-// of the kernel ahead of it.
+// that one writes nor write anything: only weights and tables are there already. Of a decode
+// call, where the first kernel lets attend_decode begin after its own wait, that one and decode_output know more.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -190,8 +190,8 @@ __device__ __forceinline__ int2 describe_row(const Call& call, int m, const Sequ
     return call.rows[m] = place;
 }
 
-// Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more. `s`, which
-// no kernel of the call changes, may be looked up before that one waits.
+// Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more. `s`: what sequence()
+// says of it, before the kernel's wait where attend_decode comes ahead of it: that one has seen the calls before end.
 __device__ __forceinline__ void advance_length(const Call& call, int b, const Sequence& s) {
     if (s.fault) *call.fault = 1;
     call.lengths[b] = s.past + s.count;

@@ -20,8 +20,8 @@ constexpr float TURN_UNSCALE = 8.0f, LEAST_RSTD = 0.07f, MOST_RSTD = PARTS == 2 
 // What a warp has found of a head. Of heads 8 t + 2 (l % 4) + {0, 1}, of lane l:
 struct Sums {
     float out[HEAD_TILES][DIM_BLOCKS][4];  // weighted v: [.][16 dims], dims l / 4 and 8 more
-    float shift[HEAD_TILES][2];              // what scores are taken relative to
-    float sum[HEAD_TILES][2];                // of this lane's weights
+    float shift[HEAD_TILES][2];            // what scores are taken relative to
+    float sum[HEAD_TILES][2];              // of this lane's weights
     // Whether no key was seen yet: one new token sees all that are; of several, and by window, each its own.
     bool nothing_seen[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
     int seen_from[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
