@@ -42,10 +42,13 @@ class Workspace:
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < nbytes:
-            if fill is None:
-                buffer = cupy.empty(nbytes, np.uint8)
+            if fill is not None and capturing:
+                buffer = _filled_now(nbytes, fill)
             else:
-                buffer = _filled_now(nbytes, fill) if capturing else cupy.full(nbytes, fill, np.uint8)
+                buffer = cupy.empty(nbytes, np.uint8)
+                if fill is not None:
+                    buffer.fill(fill)
+            if fill is not None:
                 self._fills[name] = fill
             self._buffers[name] = buffer  # once it is what it should be: a call may be interrupted
             self.generation += 1
@@ -54,7 +57,7 @@ class Workspace:
         return buffer[:nbytes].view(dtype).reshape(shape)
 
     def refill(self, name: str) -> None:
-        """Fill a buffer again where it is, as graphs may hold it: a call that ended halfway left it in no known state."""
+        """Fill a buffer again where it is, as graphs may hold it: a call ended halfway and left something in it."""
         if name in self._buffers:
             self._buffers[name].fill(self._fills[name])
 

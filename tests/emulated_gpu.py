@@ -447,12 +447,18 @@ def fake_cupy() -> types.ModuleType:
         return lambda *args, **options: make(*args, **options).view(DeviceArray)
 
     cupy.ndarray = DeviceArray
-    for name in ("zeros", "full", "ascontiguousarray"):
+    for name in ("zeros", "ascontiguousarray"):
         setattr(cupy, name, on_device(getattr(np, name)))
     cupy.empty = on_device(unwritten)
     cupy.asarray = on_device(np.array)
     cupy.asnumpy = lambda array: np.array(array).view(np.ndarray)
-    cupy.cuda = types.SimpleNamespace(Device=_Device, Stream=lambda non_blocking: _Stream(), get_current_stream=_Stream)
+    cupy.cuda = types.SimpleNamespace(
+        Device=_Device,
+        Stream=lambda non_blocking: _Stream(),
+        get_current_stream=_Stream,
+        Memory=lambda nbytes: bytearray(b"\xff" * nbytes),
+        MemoryPointer=lambda memory, offset: memory,
+    )
     return cupy
 
 
