@@ -9,6 +9,7 @@ from gpu_helpers import HALVES, build_ahead, kernels_of, make_layer, same_bits
 
 import cupy_attn as ca
 from cupy_attn.arrays import to_numpy
+from cupy_attn.workspace import Workspace
 
 pytestmark = pytest.mark.gpu
 
@@ -204,6 +205,31 @@ def test_calls_behind_each_other_count_all_their_tokens(stream, captured):
     stream.synchronize()
     assert cache.device_lengths.tolist() == [calls * seq]
     assert cache.lengths.tolist() == [calls * seq]
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_scratch_that_must_be_filled_is_not_memory_that_the_stream_still_writes(captured):
+    import cupy
+
+    nbytes = 1 << 20
+    busy = cupy.ones((4096, 4096), np.float32)
+    busy = busy @ busy * np.float32(1 / 4096)  # cuBLAS makes its own room
+    cupy.cuda.Device().synchronize()
+    with cupy.cuda.Stream(non_blocking=True) as stream:
+        cupy.full(nbytes, 0xFF, np.uint8)  # for the pool to hand out again
+        if captured:
+            stream.begin_capture()
+        try:
+            for _ in range(0 if captured else 50):
+                busy = busy @ busy * np.float32(1 / 4096)
+            cupy.full(nbytes, 0xFF, np.uint8)  # freed at once, written later
+            taken = Workspace().take("parts", (nbytes,), np.uint8, capturing=captured, fill=0)
+        finally:
+            graph = stream.end_capture() if captured else None
+        if graph is not None:
+            graph.launch()
+        stream.synchronize()
+        assert not taken.any()
 
 
 @pytest.mark.parametrize("batch", [3, 12])
