@@ -50,8 +50,8 @@ class Workspace:
                     buffer.fill(fill)
             if fill is not None:
                 self._fills[name] = fill
-            self._buffers[name] = buffer  # once it is what it should be: a call may be interrupted
-            self.generation += 1
+            self.generation += 1  # before it moves: a call may be interrupted
+            self._buffers[name] = buffer  # once it is what it should be
         if capturing and not any(kept is buffer for kept in self._kept):
             self._kept.append(buffer)
         return buffer[:nbytes].view(dtype).reshape(shape)
