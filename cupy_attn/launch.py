@@ -261,6 +261,14 @@ def _gemv_tiles(sizes: tuple[int, ...], rows: int, limits: Limits) -> int:
     return min(sizes, key=lambda size: -(-blocks[size] // limits.num_sms) * size)
 
 
+def _gemv_grid(rows: int, tiles: int, limits: Limits) -> int:
+    """Return the blocks of ``decode_*.cu``: one for each piece of W, one more, and no fewer than multiprocessors.
+
+    Where one had none, two of the next kernel would go there, and leave no room for a block of ``attend_decode.cu``.
+    """
+    return max(-(-rows // (8 * tiles)) + 1, limits.num_sms)
+
+
 def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
     """Launch of ``decode_project.cu``, or None for more tokens than it takes."""
     size, rows = config.hidden_size, config.q_size + 2 * config.kv_size
@@ -271,7 +279,7 @@ def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch:
     smem = norm + rows_of_x * (2 if once else 1)
     tiles = _gemv_tiles((4, 3, 2, 5), rows, limits)
     macros = macros_of(plain(shape), TILES=tiles, NORMALISE_ONCE=once and 1)
-    return Launch("decode_project", macros, -(-rows // (8 * tiles)) + 1, GEMV_THREADS, smem, overlaps=True)
+    return Launch("decode_project", macros, _gemv_grid(rows, tiles, limits), GEMV_THREADS, smem, overlaps=True)
 
 
 def decode_output(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
@@ -280,7 +288,7 @@ def decode_output(config: AttentionConfig, shape: Shape, limits: Limits, batch: 
         return None
     tiles = _gemv_tiles((1, 2, 3, 4), config.hidden_size, limits)
     macros = macros_of(plain(shape), TILES=tiles)
-    return Launch("decode_output", macros, -(-config.hidden_size // (8 * tiles)) + 1, GEMV_THREADS, 0, overlaps=True)
+    return Launch("decode_output", macros, _gemv_grid(config.hidden_size, tiles, limits), GEMV_THREADS, 0, overlaps=True)
 
 
 def _few(name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size: int, parts: int) -> Launch:

@@ -1,8 +1,8 @@
 // Output projection, bias and residual for up to 8 tokens; counts them in the cache.
 //   y = attention Wo^T + bias + residual          float32 sums, one rounding; 0 in padding rows
 //
-// Grid (pieces of 8 TILES rows of Wo, and one block that counts the tokens), block 256 threads. -D: those of call.cuh,
-// TILES. Memory bound: one read of Wo, most of it before the kernel ahead has ended.
+// Grid (pieces of 8 TILES rows of Wo, blocks with nothing to do, and one that counts the tokens), block 256 threads. -D: those of
+// call.cuh, TILES. Memory bound: one read of Wo, most of it before the kernel ahead has ended.
 #include "call.cuh"
 #include "gemv.cuh"
 
@@ -26,6 +26,10 @@ decode_output(const __grid_constant__ Call call)
         return;
     }
     const int k_size = call.num_q_heads * HEAD_DIM, first = blockIdx.x * ROWS;
+    if (first >= call.hidden_size) {
+        wait_for_previous_kernel();
+        return;
+    }
     const int m = threadIdx.x % 32 / 4;
     const __half* const vector = call.attention + static_cast<long long>(m) * k_size;
 

@@ -1,7 +1,7 @@
 // RMSNorm and QKV projection for up to 8 tokens.
 //   qkv = (x / rms(x) * w_in) Wqkv^T + bias          float32 [B S, (Hq + 2 Hkv) D]; the norms of heads follow on reading
 //
-// Grid (pieces of ROWS rows of Wqkv, and one block that describes the rows of x), block 256 threads; every block
+// Grid (pieces of ROWS rows of Wqkv, blocks with nothing to do, and one that describes the rows of x), block 256 threads; every block
 // normalises every token for itself. Hidden states are high and low halves, so nothing is lost to rounding. Shared memory:
 // w_in, float [H rounded up to 32], x, STORAGE [B S, stride_of(H)], and as much again for low halves where NORMALISE_ONCE.
 // -D: those of call.cuh, TILES, NORMALISE_ONCE (a token is normalised once by all warps, and not by each as it multiplies).
@@ -36,6 +36,10 @@ decode_project(const __grid_constant__ Call call)
         wait_for_previous_kernel();
         let_next_kernel_begin();
         if (threadIdx.x < num_tokens) describe_row(call, threadIdx.x, sequence(call, threadIdx.x / call.seq));
+        return;
+    }
+    if (first >= total_rows) {
+        wait_for_previous_kernel();
         return;
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, m = lane / 4;
