@@ -16,6 +16,8 @@ MAX_HEAD_DIM = 256
 DECODE_VECTORS = 8  # gemv.cuh: tokens that share one read of the weights
 NORMALISED_ONCE = 4  # decode_project.cu: halves of more would leave attend_decode.cu no room beside them
 GEMV_THREADS = 256
+# decode_project.cu, decode_output.cu: steps of W under way at once, by TILES.
+PROJECT_STEPS, OUTPUT_STEPS = {2: 7, 3: 5, 4: 4, 5: 2}, {1: 8, 2: 8, 3: 4, 4: 4}
 FEW_ROWS, FEW_THREADS, FEW_CHUNK, FEW_STAGES, MAX_SPLITS = 64, 128, 64, 4, 8  # gemm_few.cuh
 ROW_THREADS = 128  # normalise_row.cuh
 MAX_FEW = 256  # tokens: for more than that, tiles of a matrix product read the weights less often
@@ -33,7 +35,7 @@ _POINTERS = (
     "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "folded_proj", "o_proj", "k_proj", "input_norm",
     "q_norm", "k_norm", "qkv_bias", "o_bias", "frequency", "k_turns", "k_cache", "v_cache", "lengths",
     "cached_positions", "fault", "rows", "notes", "hidden", "q", "k", "v", "attention", "qkv", "partial", "parts",
-    "counters", "arrivals",
+    "counters",
     "stage_input_norm", "stage_q", "stage_k", "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope",
     "stage_row_max", "stage_lse", "stage_attention", "stage_output",
 )  # fmt: skip
@@ -243,7 +245,7 @@ def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits, seq: in
 
 
 def decode_parts(config: AttentionConfig, batch: int, seq: int, one: Launch) -> tuple[int, int]:
-    """Return the words of 128 bits of all parts that ``attend_decode.cu`` writes at most, and its arrival counters."""
+    """Return the words of 128 bits of all parts that ``attend_decode.cu`` writes at most, and the counters it needs."""
     rows = 8 * _head_tiles(config, seq)
     heads = batch * config.num_key_value_heads * -(-config.group * seq // rows)
     runs = heads * MOST_PIECES if "BATCH_INVARIANT" in dict(one.macros) else one.grid
@@ -269,16 +271,26 @@ def _gemv_grid(rows: int, tiles: int, limits: Limits) -> int:
     return max(-(-rows // (8 * tiles)) + 1, limits.num_sms)
 
 
+def _gemv_steps(under_way: dict[int, int], tiles: int, k_size: int) -> int:
+    """Return how many steps of W a warp of ``decode_*.cu`` takes, if all are under way at once; otherwise 0."""
+    steps = -(-k_size // GEMV_THREADS)
+    return steps if steps <= under_way[tiles] else 0
+
+
 def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
     """Launch of ``decode_project.cu``, or None for more tokens than it takes."""
     size, rows = config.hidden_size, config.q_size + 2 * config.kv_size
     norm, rows_of_x = -(-size // 32) * 32 * 4, batch * (-(-size // 64) * 64 + 32) * 2
     if batch > DECODE_VECTORS or norm + rows_of_x + GEMV_STATIC_SMEM > limits.block_smem:
         return None
-    once = batch <= NORMALISED_ONCE and norm + 2 * rows_of_x + GEMV_STATIC_SMEM <= limits.block_smem
-    smem = norm + rows_of_x * (2 if once else 1)
+    halves = batch * (-(-size // 32) * 8 + 1) * 16
+    once = batch <= NORMALISED_ONCE and norm + halves + GEMV_STATIC_SMEM <= limits.block_smem
+    warps = GEMV_THREADS // 32 >> (batch - 1).bit_length()  # to a token
+    held = min(-(-size // (warps * 32 * 8)), 2) if once else 0
     tiles = _gemv_tiles((4, 3, 2, 5), rows, limits)
-    macros = macros_of(plain(shape), TILES=tiles, NORMALISE_ONCE=once and 1)
+    steps = _gemv_steps(PROJECT_STEPS, tiles, size)
+    macros = macros_of(plain(shape), TILES=tiles, STEPS=steps, HELD=held)
+    smem = norm + (halves if once else rows_of_x)
     return Launch("decode_project", macros, _gemv_grid(rows, tiles, limits), GEMV_THREADS, smem, overlaps=True)
 
 
@@ -287,8 +299,9 @@ def decode_output(config: AttentionConfig, shape: Shape, limits: Limits, batch: 
     if batch > DECODE_VECTORS:
         return None
     tiles = _gemv_tiles((1, 2, 3, 4), config.hidden_size, limits)
-    macros = macros_of(plain(shape), TILES=tiles)
-    return Launch("decode_output", macros, _gemv_grid(config.hidden_size, tiles, limits), GEMV_THREADS, 0, overlaps=True)
+    macros = macros_of(plain(shape), TILES=tiles, STEPS=_gemv_steps(OUTPUT_STEPS, tiles, config.q_size))
+    grid = _gemv_grid(config.hidden_size, tiles, limits)
+    return Launch("decode_output", macros, grid, GEMV_THREADS, 0, overlaps=True)
 
 
 def _few(name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size: int, parts: int) -> Launch:

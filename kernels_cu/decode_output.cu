@@ -2,19 +2,20 @@
 //   y = attention Wo^T + bias + residual          float32 sums, one rounding; 0 in padding rows
 //
 // Grid (pieces of 8 TILES rows of Wo, blocks with nothing to do, and one that counts the tokens), block 256 threads. -D: those of
-// call.cuh, TILES. Memory bound: one read of Wo, most of it before the kernel ahead has ended.
+// call.cuh, TILES, STEPS (gemv.cuh). Memory bound: one read of Wo, most of it before the kernel ahead has ended.
 #include "call.cuh"
 #include "gemv.cuh"
 
 constexpr int ROWS = gemv::TILE * TILES;  // of a block
 using Memory = gemv::WarpMemory<TILES>;
-// As many steps as there are registers for, of W and of the vectors; the latter divides UNROLL + LATER.
-constexpr int UNROLL = TILES == 1 ? 6 : TILES == 2 ? 4 : 2, AT_ONCE = TILES == 1 ? 8 : TILES == 2 ? 3 : 4;
-constexpr int MOST_REGISTERS = 88;  // it waits beside attend_decode.cu, which has 168
+// As many steps as there are registers for, of W and of the vectors; fewer where W is asked for again and again.
+constexpr int UNROLL = TILES == 1 ? (STEPS > 0 ? 8 : 6) : TILES == 2 ? 4 : 2;
+constexpr int AT_ONCE = TILES == 1 ? 8 : TILES == 2 && STEPS == 0 ? 2 : 4;
 
-extern "C" __global__ void __maxnreg__(MOST_REGISTERS)
+extern "C" __global__ void __maxnreg__(gemv::MOST_REGISTERS)
 decode_output(const __grid_constant__ Call call)
 {
+    gemv::take_all_registers();
     let_next_kernel_begin();
     __shared__ __align__(16) Memory memory[gemv::WARPS];
     if (blockIdx.x == gridDim.x - 1) {
@@ -31,30 +32,31 @@ decode_output(const __grid_constant__ Call call)
         return;
     }
     const int m = threadIdx.x % 32 / 4;
-    const __half* const vector = call.attention + static_cast<long long>(m) * k_size;
+    const __half* const vector = call.attention + static_cast<long long>(m) * k_size + gemv::first_k(threadIdx.x / 32);
 
-    gemv::Rows<TILES, UNROLL> w(call.o_proj + static_cast<long long>(first) * k_size, call.hidden_size - first, k_size,
-                                memory);
-    wait_for_previous_kernel();
+    gemv::Rows<TILES, UNROLL, STEPS> w(call.o_proj + static_cast<long long>(first) * k_size, call.hidden_size - first, k_size,
+                                       memory);
     const int b = threadIdx.x / ROWS, n = first + threadIdx.x % ROWS;
     const bool mine = threadIdx.x < ROWS * gemv::MAX_VECTORS && b < call.batch * call.seq && n < call.hidden_size;
     const long long at = static_cast<long long>(b) * call.hidden_size + n;
-    // Added up after the product, or that would stand in line behind their loads.
-    float bias = 0.0f;
-    STORAGE residual = static_cast<STORAGE>(0.0f);
-    int slot = 0;
+    // attend_decode lets this kernel begin when all before it have ended.
+    float addend = 0.0f;
+    bool is_padding = false;
     if (mine) {
-        slot = call.rows[b].x;
-        if (call.o_bias != nullptr) bias = call.o_bias[n];
-        if (call.residual != nullptr) residual = call.residual[at];
+        const int slot = __ldcg(&call.rows[b].x);
+        if (call.o_bias != nullptr) addend = call.o_bias[n];
+        if (call.residual != nullptr) addend += static_cast<float>(__ldcg(call.residual + at));
+        if (slot == FAULT) addend = __int_as_float(0x7fffffff);
+        is_padding = slot < 0 && slot != FAULT;
     }
-    w.multiply<1, AT_ONCE>([&](int k, uint4 (&parts)[1]) {
+    wait_for_previous_kernel();
+    w.multiply<1, AT_ONCE>([&](int k, int ahead, uint4 (&parts)[1]) {
         parts[0] = make_uint4(0, 0, 0, 0);
-        if (m < call.batch * call.seq && k < k_size) parts[0] = *reinterpret_cast<const uint4*>(vector + k);
+        if (m < call.batch * call.seq && k < k_size) parts[0] = *reinterpret_cast<const uint4*>(vector + ahead);
     });
     __syncthreads();
     if (mine) {
-        const float value = gemv::sum_of_warps(memory, threadIdx.x) * call.o_unscale + (bias + static_cast<float>(residual));
-        call.y[at] = static_cast<STORAGE>(slot >= 0 ? value : slot == FAULT ? __int_as_float(0x7fffffff) : 0.0f);
+        const float value = gemv::sum_of_warps(memory, threadIdx.x) * call.o_unscale + addend;
+        call.y[at] = static_cast<STORAGE>(is_padding ? 0.0f : value);
     }
 }

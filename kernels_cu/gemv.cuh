@@ -14,12 +14,23 @@ constexpr int MAX_VECTORS = 8;
 constexpr int TILE = 8;   // rows of W
 constexpr int STEP = 32;  // k of a warp at a time; its next steps lie WARPS steps further
 
+// attend_decode.cu has 168 and begins beside these kernels: together they fill a multiprocessor's registers.
+constexpr int MOST_REGISTERS = 88;
+
+// Have that many, whatever the compiler needs: with fewer three of these kernels' blocks fit a multiprocessor, two of them of one
+// kernel, which then takes longer there than on others and lets attend_decode begin later.
+__device__ __forceinline__ void take_all_registers() {
+#ifdef __CUDA_ARCH_FEAT_SM90_ALL
+    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(MOST_REGISTERS));
+#endif
+}
+
 // The k at which this thread's 8 elements of a step begin.
 __device__ __forceinline__ int first_k(int step) { return step * STEP + threadIdx.x % 4 * 8; }
 
-// Steps of W on their way to shared memory, since registers are short; of many rows one, so that two blocks fit there.
+// Steps of W on their way to shared memory, since registers are short; as many as let two blocks fit there.
 template <int Tiles>
-constexpr int LATER = Tiles > 4 ? 1 : 2;
+constexpr int LATER = Tiles > 4 ? 1 : Tiles == 2 ? 4 : 2;
 
 // What a warp has there: steps, as each lane copies its part of them; at last its sums, [MAX_VECTORS, 8 Tiles].
 template <int Tiles>
@@ -31,10 +42,14 @@ struct alignas(16) WarpMemory {
 };
 
 // One block's Tiles x 8 rows of W. Of a warp's steps, Unroll are under way to registers and the LATER next ones to shared
-// memory at a time.
-template <int Tiles, int Unroll>
+// memory at a time. Steps: of a warp, if all can be under way at once, otherwise 0: then there is no code to ask for more, which
+// takes time even where it is skipped.
+template <int Tiles, int Unroll, int Steps>
 struct Rows {
     static constexpr int DEPTH = Unroll + LATER<Tiles>;
+    static constexpr bool HAS_ALL = Steps > 0;
+    static constexpr int ROUND = HAS_ALL ? Steps : DEPTH;
+    static_assert(ROUND <= DEPTH, "steps under way");
     const __half* mine;  // of this thread's row of the first tile
     int rows_left, k_size;
     WarpMemory<Tiles>& own;
@@ -47,9 +62,12 @@ struct Rows {
         mine = w + static_cast<long long>(row) * k_size;
         rows_left = num_rows - row;
 #pragma unroll
-        for (int u = 0; u < Unroll; ++u) load(loaded[u], first_k(threadIdx.x / 32 + u * WARPS));
+        for (int u = 0; u < min(Unroll, ROUND); ++u) load(loaded[u], first_k(threadIdx.x / 32 + u * WARPS));
 #pragma unroll
-        for (int u = 0; u < LATER<Tiles>; ++u) copy<true>(own.steps[u], first_k(threadIdx.x / 32 + (Unroll + u) * WARPS));
+        for (int u = 0; u < LATER<Tiles>; ++u) {
+            if (Unroll + u < ROUND) copy<true>(own.steps[u], first_k(threadIdx.x / 32 + (Unroll + u) * WARPS));
+            else copies_commit();  // of nothing: groups are counted
+        }
     }
 
     __device__ __forceinline__ void load(uint4 (&step)[Tiles], int k) {
@@ -75,57 +93,70 @@ struct Rows {
         copies_commit();
     }
 
-    // Leave each warp's sums, vector m times row n of W, in its memory. `fetch(k, parts)` gives this thread's elements k to
-    // k + 7 of vector l / 4, float16, zero where there are none, in 1 or 2 Parts; it is asked for AtOnce steps at a time.
+    // Leave each warp's sums, vector m times row n of W, in its memory. `fetch(k, ahead, parts)` gives this thread's elements k to
+    // k + 7, `ahead` of its first, of vector l / 4, float16, zero where there are none: as they are, or, as 2 Parts, pairs of high
+    // and pairs of low halves in turns. It is asked for AtOnce steps at a time.
     template <int Parts, int AtOnce, typename Fetch>
     __device__ __forceinline__ void multiply(Fetch fetch) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         const int steps = (k_size + STEP - 1) / STEP;
-        constexpr int CHAINS = Tiles == 1 ? 2 : 1;  // products wait for the one before them, or for those of other tiles
+        // Products wait for the one before them, or for those of other tiles.
+        constexpr int CHAINS = Tiles > 1 ? 1 : HAS_ALL ? 4 : 2;
         float total[Tiles][CHAINS][4] = {};
 #pragma unroll 1
-        for (int first = warp; first < steps; first += DEPTH * WARPS) {
-            const bool more = first + DEPTH * WARPS < steps;
+        for (int first = warp; HAS_ALL || first < steps; first += DEPTH * WARPS) {
+            const bool more = !HAS_ALL && first + DEPTH * WARPS < steps;
 #pragma unroll
-            for (int some = 0; some < DEPTH; some += AtOnce) {
+            for (int some = 0; some < ROUND; some += AtOnce) {
                 uint4 vector[AtOnce][Parts];
 #pragma unroll
-                for (int u = 0; u < AtOnce; ++u) fetch(first_k(first + (some + u) * WARPS), vector[u]);
+                for (int u = 0; u < min(AtOnce, ROUND - some); ++u) {
+                    const int ahead = (HAS_ALL ? some + u : first / WARPS + some + u) * (WARPS * STEP);
+                    fetch(first_k(warp) + ahead, ahead, vector[u]);
+                }
 #pragma unroll
-                for (int u = 0; u < AtOnce; ++u) {
+                for (int u = 0; u < min(AtOnce, ROUND - some); ++u) {
                     const int step = some + u, next_k = first_k(first + (DEPTH + step) * WARPS);
                     uint4 w[Tiles];
                     if (step >= Unroll) copies_wait<LATER<Tiles> - 1>();  // each lane reads what it has copied
 #pragma unroll
                     for (int t = 0; t < Tiles; ++t)
                         w[t] = step < Unroll ? loaded[step % Unroll][t] : own.steps[max(step - Unroll, 0)][t][lane];
-                    // High parts are rows 0 to 7 of A, low parts rows 8 to 15.
-                    const uint4 high = vector[u][0], low = Parts == 2 ? vector[u][Parts - 1] : make_uint4(0, 0, 0, 0);
-                    const unsigned first_half[4] = {high.x, low.x, high.y, low.y};
-                    const unsigned second_half[4] = {high.z, low.z, high.w, low.w};
+                    // High parts are rows 0 to 7 of A, low parts rows 8 to 15. One part is A as it is, too, which spares moves,
+                    // where there are registers for more sums: its pairs are rows 0 to 7 and 8 to 15 in turns, and with W's
+                    // elements for the ones the others' sums are of no use.
+                    constexpr bool IN_TURNS = Parts == 1 && CHAINS > 1, PADDED = Parts == 1 && CHAINS == 1;
+                    const uint4 a = vector[u][0], b = vector[u][Parts - 1];
+                    const unsigned rows[2][4] = {
+                        {a.x, PADDED ? 0 : a.y, PADDED ? a.y : a.z, PADDED ? 0 : a.w},
+                        {PADDED ? a.z : b.x, PADDED ? 0 : b.y, PADDED ? a.w : b.z, PADDED ? 0 : b.w},
+                    };
 #pragma unroll
                     for (int t = 0; t < Tiles; ++t) {
-                        multiply_add(total[t][0], first_half, w[t].x, w[t].y);
-                        multiply_add(total[t][CHAINS - 1], second_half, w[t].z, w[t].w);
+                        const int chain = 2 * step % CHAINS;
+                        multiply_add(total[t][chain], rows[0], w[t].x, IN_TURNS ? w[t].z : w[t].y);
+                        multiply_add(total[t][(chain + 1) % CHAINS], rows[1], IN_TURNS ? w[t].y : w[t].z, w[t].w);
                     }
                     if (step < Unroll) {
                         if (more) load(loaded[step % Unroll], next_k);
                     } else if (more) {
                         copy<false>(own.steps[max(step - Unroll, 0)], next_k);
                     } else {
-                        copies_commit();  // of nothing: groups are counted
+                        copies_commit();
                     }
                 }
             }
+            if (HAS_ALL) break;
         }
         __syncwarp();  // sums lie where steps were
 #pragma unroll
         for (int t = 0; t < Tiles; ++t) {
-            float* place = own.sums + lane / 4 * (TILE * Tiles) + t * TILE + lane % 4 * 2;
+            float* const place = own.sums + lane / 4 * (TILE * Tiles) + t * TILE + lane % 4 * 2;
             float2 sum = make_float2(0.0f, 0.0f);
 #pragma unroll
             for (int c = 0; c < CHAINS; ++c) {
-                sum.x += total[t][c][0], sum.y += total[t][c][1];
+                const bool is_second = Parts == 1 && c % 2 == 1;
+                sum.x += total[t][c][is_second ? 2 : 0], sum.y += total[t][c][is_second ? 3 : 1];
                 if (Parts == 2) sum.x += total[t][c][2], sum.y += total[t][c][3];
             }
             *reinterpret_cast<float2*>(place) = sum;

@@ -121,6 +121,17 @@ def test_decode_of_keys_of_any_norm(gpu, dtype, least, most, k_norm_max, angles)
     call(layer, cache, 3)
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(
+    ("hidden", "q_heads"), [(504, 8), (1096, 16), (2312, 40), (88, 10), (128, 20), (128, 24), (128, 28)]
+)
+def test_decode_of_a_few_tokens_of_any_width(gpu, hidden, q_heads, dtype):
+    """Weights that are all asked for at once and such that are not; one vector of a token for a thread, two or more."""
+    layer = make_layer(config_of(q_heads, 2, 64, hidden), dtype, TAME)
+    for batch in (1, 4, 5):
+        call(layer, filled_cache(layer, [20] * batch, 21), 1)
+
+
 @pytest.mark.parametrize("num_sms", [1, 2, 3, 40])
 def test_decode_on_gpus_of_any_size(monkeypatch, num_sms):
     emulated_gpu.pretend(monkeypatch, num_sms)
@@ -137,7 +148,6 @@ def test_decode_leaves_nothing_behind_for_the_next_call_to_take_for_its_own(gpu,
         (space,) = workspace._workspaces.values()
         assert not space._buffers["parts"].any()
         assert not space._buffers["counters"].any()
-        assert not space._buffers["arrivals"].any()
 
 
 @pytest.mark.parametrize("batch", [1, 6])

@@ -14,7 +14,8 @@ import pytest
 from kernel_helpers import HEADERS, LINEAR_CU, MACROS
 
 import cupy_attn as ca
-from cupy_attn import kernels, warmup
+from cupy_attn import cuda, kernels, launch, warmup
+from cupy_attn.bench import model_config
 from cupy_attn.threads import workers
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -62,6 +63,17 @@ def builds(request):
 )
 def test_every_specialisation_compiles_and_keeps_its_values_in_registers(builds, arch, name, macros):
     check_build(builds[arch, name, macros].result())
+
+
+def test_no_three_blocks_of_decodes_projections_fit_where_attention_should_begin():
+    """Of an H200's 65,536 registers: attend_decode and one block of another kernel, or two of those."""
+    config = model_config("0.6B")
+    shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
+    ones = [launch.decode_project(config, shape, cuda.H200, 8), launch.decode_output(config, shape, cuda.H200, 1)]
+    ones.append(launch.attend_decode(config, shape, cuda.H200, 1, alone=False))
+    project, output, attend = (kernels.compile_for("sm_90a", one.name, one.macros).registers for one in ones)
+    assert project == output
+    assert 3 * launch.GEMV_THREADS * output > 65_536 >= launch.GEMV_THREADS * output + ones[2].threads * attend
 
 
 def test_every_source_is_a_kernel_that_some_published_model_needs():

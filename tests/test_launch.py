@@ -168,11 +168,21 @@ def test_tokens_are_normalised_once_where_attention_has_room_beside_them():
     config, gpu = CONFIGS["0.6B"], cuda.H200
     shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
     ones = [launch.decode_project(config, shape, gpu, tokens) for tokens in range(1, launch.DECODE_VECTORS + 1)]
-    assert [("NORMALISE_ONCE", "1") in one.macros for one in ones] == [True] * 4 + [False] * 4
+    assert [dict(one.macros)["HELD"] for one in ones] == ["1", "1", "2", "2", "0", "0", "0", "0"]
     attention = launch.attend_decode(config, shape, gpu, 1, alone=False).smem_bytes + launch.STATIC_SMEM
     for one in ones:
         both = attention + one.smem_bytes + launch.GEMV_STATIC_SMEM + 2 * launch.RESERVED_SMEM
         assert both <= gpu.sm_smem
+
+
+@pytest.mark.parametrize(
+    ("name", "project", "output"), [("0.6B", "4", "8"), ("1.7B", "0", "8"), ("4B", "0", "0"), ("8B", "0", "0")]
+)
+def test_weights_are_all_asked_for_at_once_where_a_block_has_few(name, project, output):
+    config = CONFIGS[name]
+    shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
+    first, last = (one(config, shape, cuda.H200, 1) for one in (launch.decode_project, launch.decode_output))
+    assert (dict(first.macros)["STEPS"], dict(last.macros)["STEPS"]) == (project, output)
 
 
 @pytest.mark.parametrize(("name", "tiles"), [("0.6B", 4), ("8B", 3), ("32B", 5), ("235B-A22B", 5)])
@@ -205,7 +215,7 @@ def test_a_projection_of_few_tokens_fits_or_is_left_to_others(hidden_size, gpu):
     for tokens in range(1, launch.DECODE_VECTORS + 1):
         one = launch.decode_project(config, shape, GPUS[gpu], tokens)
         assert one is None or one.smem_bytes + launch.GEMV_STATIC_SMEM <= GPUS[gpu].block_smem
-        kinds.append(2 if one is None else ("NORMALISE_ONCE", "1") not in one.macros)
+        kinds.append(2 if one is None else dict(one.macros)["HELD"] == "0")
     assert kinds == sorted(kinds)  # once, then by every warp, then not at all: what takes less comes later
 
 

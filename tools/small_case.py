@@ -32,6 +32,11 @@ FEW_TILES = (
     (12, (4, 2), 512, 14), (64, (6, 2), 512, 40), (12, (6, 2), 512, 27), (24, (2, 2), 576, 8), (140, (2, 2), 576, 8),
 )  # fmt: skip
 MORE_FEW_TILES = ((140, (2, 2), 512, 54), (140, (2, 2), 512, 16), (140, (2, 2), 1024, 7))  # on the normal path
+# Columns and multiprocessors for which decode_project takes 4, 4, 3 and 5 tiles of rows a block, all of them under way
+# at once only in the first case. Heads, columns and multiprocessors for which decode_output takes 1, 2 and 3, and never
+# all at once.
+PROJECT_TILES = ((776, 32), (1032, 32), (1288, 43), (520, 26))
+OUTPUT_TILES = (((18, 2), 128, None), ((18, 2), 128, 4), ((10, 2), 512, 22))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +95,17 @@ def small_runs() -> list[Small]:
             Small(dtype, False, batch=batch, calls=(1, 1), num_sms=num_sms)
             for dtype in DTYPES
             for batch, num_sms in ((1, 16), (1, 22), (8, 14), (8, 16), (8, 22), (8, None))
+        ),
+        *(
+            Small(dtype, False, batch=batch, calls=(1,), hidden_size=hidden_size, num_sms=num_sms)
+            for dtype in DTYPES
+            for hidden_size, num_sms in PROJECT_TILES
+            for batch in (1, 4, 8)
+        ),
+        *(
+            Small(dtype, False, calls=(1,), heads=heads, hidden_size=hidden_size, num_sms=num_sms)
+            for dtype in DTYPES
+            for heads, hidden_size, num_sms in OUTPUT_TILES
         ),
         *(Small(*kind, calls=(20, 1), heads=(16, 1)) for kind in both),
         *(Small(*kind, calls=(2, 8, 16, 1)) for kind in both),  # a few tokens a sequence
