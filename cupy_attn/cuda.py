@@ -31,7 +31,7 @@ PREFILL_STAGES = (
 )  # fmt: skip
 NOTE_WORDS = 4  # of call.cuh's struct Note
 # Sequences and tokens of each for which decode kernels are listed: most kinds.
-DECODES = ((1, 1), (8, 1), (12, 1), (64, 1), (1, 2), (1, 16))
+DECODES = ((1, 1), (2, 1), (4, 1), (8, 1), (12, 1), (64, 1), (1, 2), (1, 16))
 # Fields of the call that a tensor map is made of.
 MAPPED = (
     "x", "hidden", "qkv_proj", "folded_proj", "k_proj", "q", "k", "v", "v_cache", "attention", "o_proj", "batch", "seq",
@@ -357,12 +357,12 @@ class CudaBackend:
         counts = [launch.ready_counters(batch * seq)]
         if decode:
             attend = next(one for one in launches if one.name == "attend_decode")
-            part_words, arrivals = launch.decode_parts(config, batch, seq, attend)
+            part_words, head_counters = launch.decode_parts(config, batch, seq, attend)
             few = [one for one in launches if one.name.endswith("_few")]
             buffers["qkv"] = (batch * seq, (heads + 2 * kv_heads) * dim), np.float32
             if few:
                 buffers["partial"] = (max(launch.few_floats(one) for one in few),), np.float32
-            counts += [launch.few_counters(one) for one in few]
+            counts += [head_counters, *(launch.few_counters(one) for one in few)]
         else:
             buffers["q"] = (parts, batch * seq, heads, dim), np.float16
             buffers["k"] = (parts, batch, kv_heads, scratch, dim), np.float16
@@ -372,7 +372,6 @@ class CudaBackend:
                           for name, (size, dtype) in buffers.items()}  # fmt: skip
         zeroed = {"counters": workspace.take("counters", (max(counts),), np.int32, capturing=capturing, fill=0)}
         if decode:
-            zeroed["arrivals"] = workspace.take("arrivals", (arrivals,), np.int32, capturing=capturing, fill=0)
             zeroed["parts"] = workspace.take("parts", (part_words, 4), np.uint32, capturing=capturing, fill=0)
         self._set(notes=0)
         if noted:

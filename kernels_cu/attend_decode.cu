@@ -43,34 +43,23 @@ attend_decode(const __grid_constant__ Call call)
     const int group = call.num_q_heads / call.num_kv_heads;
     const int queries = IS_ONE ? group : group * call.seq;  // of a KV head and sequence
     const int heads_a_sequence = call.num_kv_heads * ((queries + ROWS - 1) / ROWS);
-    const int past = lane < call.batch ? __ldcg(call.lengths + lane) : 0;  // on its way while tables are asked for
+    const int past = __ldcg(call.lengths + min(lane, call.batch - 1));  // on its way while tables are asked for
+    __syncwarp();  // or the compiler asks for tables first
     copy_tables(call, shared);
+    const int runs_at_most = most_runs(call, heads_a_sequence);
     const SequenceTiles mine = sequence_tiles(call, lane, work_out_here(past));
-    const Shares shares = share_out(call, heads_a_sequence, mine);
+    const Shares shares = share_out(call, heads_a_sequence, runs_at_most, mine);
     Cursor at;
-    if (!find(call, shares, mine, blockIdx.x * shares.size, at)) {
+    if (!find(call, shares, mine, blockIdx.x, at)) {
         wait_for_previous_kernel();  // the next kernel takes the end of this one for the end of that one, too
         copies_wait<0>();
         return;
     }
 
-    if (is_keeper) kept_shares = shares;
-    // Blocks count themselves when they come to a head, ahead of any wait for others in it and in the one before. So whoever
-    // is last waits only for blocks that are under way, in this head or an earlier one. All go through heads in one order, and no
-    // circle of waits can be. The answer takes a while.
-    const auto arrivals_at = [&](const Cursor& to) { return call.arrivals + to.b * kept_shares.heads + to.head; };
-    const auto arrive = [&](const Cursor& to) { return is_keeper ? atomicAdd(arrivals_at(to), 1) : 0; };
-    int before = arrive(at);  // the kernel ahead has waited, so the attend_decode before this one has ended
-
     const unsigned long long policy = read_once();
     const auto copy = [&](const Cursor& to, int stage, bool is_v) { copy_tile(call, shared, to, stage, is_v, policy); };
     int new_at = -1;  // position of the sequence's last new token
     const auto append = [&](const Cursor& to, int stage) { append_new(call, shared, to, stage, at, new_at); };
-
-    // Its load is waited for by nothing before that of q.
-    const bool counts_on = call.positions == nullptr;
-    if (!counts_on || at.past > 0)
-        new_at = __ldcg(counts_on ? positions_of(call, at.b) + at.past - 1 : call.positions + at.b * call.seq + at.count - 1);
 
     // The first tile of the ring. More of them would be in the way of the last stores of the kernel before this one, which
     // stand in line behind copies of the same multiprocessor, and new tokens come from there.
@@ -87,7 +76,6 @@ attend_decode(const __grid_constant__ Call call)
         runs.x = BY_PIECES ? to.begin : quotient(to.begin, shares.size);
         runs.y = BY_PIECES ? to.width : quotient(to.begin + to.width - shares.crossing - 1, shares.size) - runs.x + 1;
     };
-    if (threadIdx.x == 0) here = at;
     Quads weight, own_query;
     load_q_norm(call, weight);
     // A new token in a warp's first tile is asked for along with q; the others of the block do not wait for it.
@@ -98,7 +86,18 @@ attend_decode(const __grid_constant__ Call call)
     wait_for_previous_kernel();
     if (has_new) load8(new_source, new_values);
     load_query(call, at, group, warp, own_query);
-    // The rest, while those are on their way.
+    // The rest, while those are on their way: the projection has often ended before this kernel comes to its wait.
+    if (threadIdx.x == 0) here = at;
+    if (is_keeper) kept_shares = shares;
+    // Blocks count themselves when they come to a head, ahead of any wait for others in it and in the one before. So whoever
+    // is last waits only for blocks that are under way, in this head or an earlier one. All go through heads in one order, and no
+    // circle of waits can be. The answer takes a while.
+    const auto arrivals_at = [&](const Cursor& to) { return call.counters + to.b * kept_shares.heads + to.head; };
+    const auto arrive = [&](const Cursor& to) { return is_keeper ? atomicAdd(arrivals_at(to), 1) : 0; };
+    int before = arrive(at);
+    const bool counts_on = call.positions == nullptr;
+    if (!counts_on || at.past > 0)
+        new_at = __ldcg(counts_on ? positions_of(call, at.b) + at.past - 1 : call.positions + at.b * call.seq + at.count - 1);
     find_runs(at);
     Cursor ahead = own_first;  // up to STAGES tiles further on than `at`
     if (has_own) go_on(ahead);
@@ -215,8 +214,8 @@ attend_decode(const __grid_constant__ Call call)
 #pragma unroll 1
         for (int chunk = warp; chunk < rows * CHUNKS; chunk += WARPS) {
             const int r = chunk / CHUNKS, j = chunk % CHUNKS * 4 + lane / 8, i = lane % 8, word = r * PAIRS + j * 8 + i;
-            Found found = sum_of_warps(shared, r, min(j, DIM_BLOCKS - 1), i);
             if (j >= DIM_BLOCKS) continue;
+            Found found = sum_of_warps(shared, r, j, i);
             if (!is_last) {
                 store_word(parts + static_cast<long long>(own_run) * part_size + word, word_of(found));
                 continue;

@@ -51,7 +51,6 @@ struct Call {
     float* partial;     // of project_*_few.cu, decode only
     uint4* parts;       // of attend_decode.cu, decode only; zero between kernels
     int* counters;      // zero between kernels
-    int* arrivals;      // [heads of all sequences], of blocks of attend_decode.cu, decode only; zero between calls
     // Stages to collect (-D COLLECT), float32, laid out as in reference.py.
     float* stage_input_norm;
     float* stage_q;
@@ -86,8 +85,8 @@ struct Call {
 };
 
 // A kernel may begin before the one ahead of it in the stream has ended. Until this returns it must neither read what
-// that one writes nor write anything: only weights and tables are there already. Of a decode
-// call, where the first kernel lets attend_decode begin after its own wait, that one and decode_output know more.
+// that one writes nor write anything: only weights and tables are there already. In a decode call attend_decode and
+// decode_output know more: the kernel ahead of each lets it begin after its own wait.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -101,7 +100,7 @@ constexpr bool OVERLAPPING = false;
 #endif
 
 // Once every block has said so, the next kernel's blocks may take what room there is. Kernels that say so before their own
-// wait, as most do, must not stand right before attend_decode, which reads lengths and keys before its wait, and counts.
+// wait, as most do, must not stand right before attend_decode, which reads lengths and keys before its wait.
 __device__ __forceinline__ void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
@@ -190,8 +189,8 @@ __device__ __forceinline__ int2 describe_row(const Call& call, int m, const Sequ
     return call.rows[m] = place;
 }
 
-// Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more. `s`: what sequence()
-// says of it, before the kernel's wait where attend_decode comes ahead of it: that one has seen the calls before end.
+// Count the new tokens; one block of the last kernel of a call does this, when nobody reads the lengths any more. `s`: what
+// sequence() says of it, before the kernel's wait where attend_decode comes ahead of it: that one has seen the calls before end.
 __device__ __forceinline__ void advance_length(const Call& call, int b, const Sequence& s) {
     if (s.fault) *call.fault = 1;
     call.lengths[b] = s.past + s.count;

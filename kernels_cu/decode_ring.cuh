@@ -4,12 +4,6 @@
 #include "decode_queries.cuh"
 #include "storage.cuh"
 
-// A value the compiler takes to be unknown until here.
-__device__ __forceinline__ int work_out_here(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
 // Ask for what does not depend on tokens, ahead of keys: behind them it would stand in line. All threads of a block together.
 __device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
     const auto copy = [](auto& target, const void* source) {

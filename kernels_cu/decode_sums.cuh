@@ -17,28 +17,26 @@ __device__ __forceinline__ uint4 word_of(const Found& found) {
                       found.sum == 0.0f ? 0x80000000u : __float_as_uint(found.sum));
 }
 
-// Row r, dims 16 j + i and 8 more, of what all warps found. All lanes of a warp together, and of the same row.
+// Row r, dims 16 j + i and 8 more, of what all warps found. Every lane looks at all of them: what goes from lane to lane takes
+// longer than to work it out.
 __device__ __forceinline__ Found sum_of_warps(const Shared& shared, int r, int j, int i) {
-    constexpr int SPAN = WARPS <= 8 ? 8 : 16;  // lane w % SPAN works out the weight of what warp w found
-    const int lane = threadIdx.x % 32, w_of_lane = lane % SPAN;
-    const float2 found = w_of_lane < WARPS ? shared.found[w_of_lane][r] : make_float2(MINUS_INFINITY, 0.0f);
-    Found all = {make_float2(0.0f, 0.0f), found.x, 0.0f};
+    float2 found[WARPS];
+    Found all = {make_float2(0.0f, 0.0f), MINUS_INFINITY, 0.0f};
 #pragma unroll
-    for (int lanes = 1; lanes < SPAN; lanes *= 2)
-        all.largest = fmaxf(all.largest, __shfl_xor_sync(0xffffffffu, all.largest, lanes));
-    // Where no key was seen, or all were NaN, there are no weighted v.
-    const float own_weight = found.x == MINUS_INFINITY ? 0.0f : exp2f(found.x - all.largest);
-    all.sum = found.x == MINUS_INFINITY ? found.y : own_weight * fabsf(found.y);
-#pragma unroll
-    for (int lanes = SPAN / 2; lanes > 0; lanes /= 2) all.sum += __shfl_xor_sync(0xffffffffu, all.sum, lanes);
-    const unsigned second_tiles = __ballot_sync(0xffffffffu, found.y < 0.0f);
+    for (int w = 0; w < WARPS; ++w) {
+        found[w] = shared.found[w][r];
+        all.largest = fmaxf(all.largest, found[w].x);
+    }
+    const float base = all.largest == MINUS_INFINITY ? 0.0f : all.largest;
     const float* const sums = reinterpret_cast<const float*>(shared.ring) + 4 * sum_index(r & ~1, j, i) + r % 2 * 2;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
-        const float weight = __shfl_sync(0xffffffffu, own_weight, w);
-        const int place = (w * STAGES + (second_tiles >> w & 1)) * static_cast<int>(sizeof(Tile) / 4);
+        // Where no key was seen, or all were NaN, there are no weighted v, and keys may be on their way to their place.
+        const float weight = exp2f(found[w].x - base);
+        all.sum += found[w].x == MINUS_INFINITY ? found[w].y : weight * fabsf(found[w].y);
+        const int place = (w * STAGES + (found[w].y < 0.0f)) * static_cast<int>(sizeof(Tile) / 4);
         float2 found_v = make_float2(0.0f, 0.0f);
-        if (weight != 0.0f) found_v = *reinterpret_cast<const float2*>(sums + place);  // or keys are on their way there
+        if (weight != 0.0f) found_v = *reinterpret_cast<const float2*>(sums + place);
         all.value.x += weight * found_v.x, all.value.y += weight * found_v.y;
     }
     return all;

@@ -34,6 +34,18 @@ constexpr int LEAST_PIECE = 16, MOST_PIECES = 16;  // tiles, pieces of a head
 // What is counted here is not negative, which the compiler does not know.
 __device__ __forceinline__ int quotient(unsigned dividend, unsigned divisor) { return dividend / divisor; }
 
+// The same of a dividend below 2^21, in half the time: the half keeps it clear of whole numbers by more than rounding takes. So heads
+// have up to 2^20 tiles, 16 million keys.
+__device__ __forceinline__ int small_quotient(int dividend, int divisor) {
+    return static_cast<int>(__fdividef(dividend + 0.5f, divisor));
+}
+
+// A value the compiler takes to be unknown until here, so that it is not worked out later.
+__device__ __forceinline__ int work_out_here(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
+}
+
 // Tiles of a piece of a head with so many, and how many pieces that makes.
 __device__ __forceinline__ int piece_size(int tiles) { return max(LEAST_PIECE, (tiles + MOST_PIECES - 1) / MOST_PIECES); }
 
@@ -72,24 +84,29 @@ __device__ __forceinline__ SequenceTiles sequence_tiles(const Call& call, int b)
     return sequence_tiles(call, b, b < call.batch ? __ldcg(call.lengths + b) : 0);
 }
 
-// How the row of all tiles is cut: into runs of `size` tiles. With `whole`, every head is taken to have a multiple of that,
+// How the row of all tiles is cut: into runs of `size` tiles. With `whole_runs`, every head is taken to have the tiles of as many,
 // so that runs do not cross heads; its last run is then short. Otherwise it is taken to have `crossing` more than it has.
 struct Shares {
     int heads;  // of a sequence
     int size;
-    bool whole;
-    int whole_width;  // of a head: all have as many tiles
+    int whole_runs;  // or 0; all heads have as many tiles
     int crossing;
 
     __device__ __forceinline__ int width(int tiles) const {
         if (BY_PIECES) return pieces_of(tiles);
-        return whole ? whole_width : tiles > 0 ? tiles + crossing : 0;
+        return whole_runs > 0 ? whole_runs * size : tiles > 0 ? tiles + crossing : 0;
     }
 };
 
+// Runs of a head where there are no more heads than blocks, at most; otherwise 0.
+__device__ __forceinline__ int most_runs(const Call& call, int heads_a_sequence) {
+    return work_out_here(quotient(gridDim.x, call.batch * heads_a_sequence));
+}
+
 // `mine` is that of sequence l, in both functions: they begin with it and look up the others.
-__device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequence, const SequenceTiles& mine) {
-    const int lane = threadIdx.x % 32, blocks = gridDim.x;
+__device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequence, int runs_at_most,
+                                            const SequenceTiles& mine) {
+    const int lane = threadIdx.x % 32, blocks = gridDim.x, heads = call.batch * heads_a_sequence;
     int total = 0, sequences = 0, most = 0, least = 0x7fffffff;
     if (call.batch == 1) {
         most = least = __shfl_sync(0xffffffffu, mine.tiles, 0);
@@ -107,21 +124,20 @@ __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequen
         most = __reduce_max_sync(0xffffffffu, most);
         least = __reduce_min_sync(0xffffffffu, least);
     }
-    const int heads = call.batch * heads_a_sequence;
-    if (!BY_PIECES && most == least && heads <= blocks) {
-        const int runs = most <= ALONE ? 1 : min(quotient(blocks, heads), (most + WARPS - 1) / WARPS);
-        const int size = max(1, quotient(most + runs - 1, runs));
-        return {heads_a_sequence, size, true, quotient(most + size - 1, size) * size, 0};
+    if (!BY_PIECES && most == least && runs_at_most > 0) {
+        const int runs = most <= ALONE ? 1 : min(runs_at_most, (most + WARPS - 1) / WARPS);
+        const int size = max(1, small_quotient(most + runs - 1, runs));
+        return {heads_a_sequence, size, small_quotient(most + size - 1, size), 0};
     }
     const int even = max(1, quotient(total * heads_a_sequence + blocks - 1, blocks));
-    if (BY_PIECES) return {heads_a_sequence, even, false, 0, 0};
+    if (BY_PIECES) return {heads_a_sequence, even, 0, 0};
     if (most != least) {
         const int crossing = min(CROSSING, even / 2);  // it takes longer where long runs keep memory busy
         total += crossing * __reduce_add_sync(0xffffffffu, sequences);
-        return {heads_a_sequence, max(quotient(total * heads_a_sequence + blocks - 1, blocks), WARPS), false, 0, crossing};
+        return {heads_a_sequence, max(quotient(total * heads_a_sequence + blocks - 1, blocks), WARPS), 0, crossing};
     }
     const int whole_heads = quotient(heads + blocks - 1, blocks) * most;  // an uneven end may cost less than crossing heads
-    return {heads_a_sequence, whole_heads <= even + even / 64 ? whole_heads : even, false, 0, 0};
+    return {heads_a_sequence, whole_heads <= even + even / 64 ? whole_heads : even, 0, 0};
 }
 
 // A place in a block's run: the next tile of this warp, and the head it belongs to.
@@ -188,19 +204,20 @@ __device__ __forceinline__ bool next_head(const Call& call, const Shares& shares
     return true;
 }
 
-// Enter a place in the row of all tiles, which is one of sequence s, that begins at `sequence_begin`; false if there is none.
+// Enter a place in the row of all tiles, `from` tiles into a head of sequence s, whose heads begin at `sequence_begin`; false if
+// there is none.
 __device__ __forceinline__ bool enter(const Call& call, const Shares& shares, int b, const SequenceTiles& s, int width,
-                                      int sequence_begin, int place, Cursor& at) {
+                                      int sequence_begin, int head, int from, Cursor& at) {
     at.b = b, at.past = s.past, at.count = s.count, at.width = width;
-    at.head = quotient(place - sequence_begin, width);
+    at.head = head;
     const bool is_split = shares.heads > call.num_kv_heads;  // KV heads have more queries than ROWS
     const int before = is_split ? quotient(at.head, call.num_kv_heads) : 0;
     at.first_row = before * ROWS;
     at.kv_head_idx = at.head - before * call.num_kv_heads;
     at.begin = sequence_begin + at.head * width;
     at.left = shares.size;
-    enter_head(call, at, s.first_tile, s.tiles, place - at.begin);
-    return BY_PIECES || place - at.begin < s.tiles || next_head(call, shares, at);
+    enter_head(call, at, s.first_tile, s.tiles, from);
+    return BY_PIECES || from < s.tiles || next_head(call, shares, at);
 }
 
 // What lane `source` has of a sequence.
@@ -209,16 +226,18 @@ __device__ __forceinline__ SequenceTiles of_lane(const SequenceTiles& s, int sou
     return {from(s.past), IS_ONE ? 1 : from(s.count), from(s.first_tile), from(s.tiles)};
 }
 
-// Find a place in the row of all tiles; false if there is none. All lanes of a warp together.
-__device__ __forceinline__ bool find(const Call& call, const Shares& shares, const SequenceTiles& mine, int place,
-                                     Cursor& at) {
+// Find where a block's run begins; false if it has none. All lanes of a warp together.
+__device__ __forceinline__ bool find(const Call& call, const Shares& shares, const SequenceTiles& mine, int block, Cursor& at) {
     const int lane = threadIdx.x % 32;
-    if (shares.whole && call.batch <= 32) {  // nothing has to be looked for
-        const int here = shares.whole_width * shares.heads;
-        const int b = call.batch > 1 ? quotient(place, max(here, 1)) : 0;
-        if (place >= here * call.batch) return false;
-        return enter(call, shares, b, of_lane(mine, b), shares.whole_width, b * here, place, at);
+    if (shares.whole_runs > 0 && call.batch <= 32) {  // nothing has to be looked for
+        const int place = small_quotient(block, shares.whole_runs);  // of the head, among those of all sequences
+        const int b = call.batch > 1 ? small_quotient(place, shares.heads) : 0;
+        if (place >= call.batch * shares.heads) return false;
+        const int width = shares.whole_runs * shares.size;
+        return enter(call, shares, b, of_lane(mine, b), width, b * shares.heads * width, place - b * shares.heads,
+                     (block - place * shares.whole_runs) * shares.size, at);
     }
+    const int place = block * shares.size;
     int begin = 0;
 #pragma unroll 1
     for (int first = 0; first < call.batch; first += 32) {
@@ -233,8 +252,11 @@ __device__ __forceinline__ bool find(const Call& call, const Shares& shares, con
         const unsigned beyond = __ballot_sync(0xffffffffu, begin + end > place);
         if (beyond) {
             const int source = __ffs(beyond) - 1;
-            return enter(call, shares, first + source, of_lane(s, source), __shfl_sync(0xffffffffu, width, source),
-                         begin + __shfl_sync(0xffffffffu, end - here, source), place, at);
+            const int its_width = __shfl_sync(0xffffffffu, width, source);
+            const int its_begin = begin + __shfl_sync(0xffffffffu, end - here, source);
+            const int head = quotient(place - its_begin, its_width);
+            return enter(call, shares, first + source, of_lane(s, source), its_width, its_begin, head,
+                         place - its_begin - head * its_width, at);
         }
         begin += __shfl_sync(0xffffffffu, end, 31);
     }

@@ -8,6 +8,7 @@ from conftest import make_config, make_hidden, make_weights
 from gpu_helpers import HALVES, bits, build_ahead, check, exact, kernels_of, last_rows, make_layer, normal
 
 import cupy_attn as ca
+from cupy_attn import kernels
 from cupy_attn.arrays import to_numpy
 
 gpu = pytest.mark.gpu
@@ -126,3 +127,26 @@ def test_a_cache_of_more_than_2_to_the_31_elements():
     assert cache.lengths.tolist() == [5, 72, WIDE_CAPACITY]
     del cache, outputs
     pool.free_all_blocks()
+
+
+@gpu
+def test_quotients_by_way_of_floats_are_those_of_integers():
+    """``small_quotient`` of shares.cuh up to the largest dividend it is for: at, below and above multiples."""
+    import cupy
+
+    source = """#include "shares.cuh"
+    extern "C" __global__ void divide(const int* a, const int* b, int* quotients, int n) {
+        const int i = blockIdx.x * blockDim.x + threadIdx.x;
+        if (i < n) quotients[i] = small_quotient(a[i], b[i]);
+    }"""
+    macros = {"STORAGE": "__half", "HEAD_DIM": 128, "PARTS": 1, "HEAD_TILES": 1, "WARPS": 8}
+    options = ("-std=c++17", f"-I{kernels.SOURCES}", *(f"-D{name}={value}" for name, value in macros.items()))
+    divide = cupy.RawModule(code=source, options=options).get_function("divide")
+    most, rng = (1 << 21) - 1, np.random.default_rng(1)
+    divisors = np.concatenate([np.arange(1, 600), rng.integers(600, most, 1000)])
+    b = np.repeat(divisors, 600)
+    a = rng.integers(0, most // b + 1) * b + np.tile([-1, 0, 1], len(b) // 3)
+    a, b = (cupy.asarray(np.clip(values, 0, most).astype(np.int32)) for values in (a, b))
+    quotients = cupy.full_like(a, -1)
+    divide((-(-a.size // 256),), (256,), (a, b, quotients, np.int32(a.size)))
+    assert (quotients == a // b).all()
