@@ -56,8 +56,7 @@ attend_decode(const __grid_constant__ Call call)
         return;
     }
 
-    const unsigned long long policy = read_once();
-    const auto copy = [&](const Cursor& to, int stage, bool is_v) { copy_tile(call, shared, to, stage, is_v, policy); };
+    const auto copy = [&](const Cursor& to, int stage, bool is_v) { copy_tile(call, shared, to, stage, is_v); };
     int new_at = -1;  // position of the sequence's last new token
     const auto append = [&](const Cursor& to, int stage) { append_new(call, shared, to, stage, at, new_at); };
 

@@ -26,8 +26,7 @@ __device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
 
 // Ask for the keys of a tile, and their positions, or for its values. Positions come with k: a load to registers under way would be
 // waited for with whatever shares its scoreboard.
-__device__ __forceinline__ void copy_tile(const Call& call, Shared& shared, const Cursor& to, int stage, bool is_v,
-                                          unsigned long long policy) {
+__device__ __forceinline__ void copy_tile(const Call& call, Shared& shared, const Cursor& to, int stage, bool is_v) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     if (!is_v && lane < TILE / 4)
         copy16_async(&shared.positions[warp][stage][4 * lane], positions_of(call, to.b) + to.slot + 4 * lane, true);
@@ -35,6 +34,7 @@ __device__ __forceinline__ void copy_tile(const Call& call, Shared& shared, cons
     const STORAGE* const source = is_v ? call.v_cache + (to.k - call.k_cache) : to.k;
     if (32 % PIECES == 0 && to.slot + TILE <= to.past) {  // a whole tile
         constexpr int ROWS_AT_ONCE = 32 / PIECES > 0 ? 32 / PIECES : 1;
+        const unsigned long long policy = read_once();
         const unsigned first = shared_address(target + place_of(lane / PIECES, lane % PIECES));
 #pragma unroll
         for (int row = 0; row < TILE; row += ROWS_AT_ONCE) {

@@ -34,7 +34,7 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global, b
 // A policy for what is read once: it makes way in L2 for instructions and whatever else is read again.
 __device__ __forceinline__ unsigned long long read_once() {
     unsigned long long policy;
-    asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
     return policy;
 }
 
