@@ -222,8 +222,9 @@ attend_decode(const __grid_constant__ Call call)
             if (work_out_here(num_runs) > 1)  // here: not two loops
                 found = sum_of_parts(parts + word, part_size, num_runs, own_run, found);
             __half* const attention = attention_of(r) + 16 * j + i;
-            attention[0] = __float2half_rn(found.value.x / found.sum * call.v_scale);
-            attention[8] = __float2half_rn(found.value.y / found.sum * call.v_scale);
+            const float scale = __fdividef(call.v_scale, found.sum);
+            attention[0] = __float2half_rn(found.value.x * scale);
+            attention[8] = __float2half_rn(found.value.y * scale);
         }
         if (!goes_on) return;
         if (is_keeper) arrived = before;

@@ -184,14 +184,14 @@ attend_prefill(const __grid_constant__ Call call)
                 largest = quad_max(largest);
                 // A row that has seen no key yet: -inf - -inf would be NaN.
                 const float shift = largest == MINUS_INFINITY ? 0.0f : largest * call.score_scale;
-                const float shrink = exp2f(row_max[i][half] * call.score_scale - shift);
+                const float shrink = power_of_two(row_max[i][half] * call.score_scale - shift);
                 row_max[i][half] = largest;
                 float sum = 0.0f;
 #pragma unroll
                 for (int j = 0; j < N_BLOCKS; ++j)
 #pragma unroll
                     for (int e = 2 * half; e < 2 * half + 2; ++e) {
-                        scores[i][j][e] = exp2f(fmaf(scores[i][j][e], call.score_scale, -shift));
+                        scores[i][j][e] = power_of_two(fmaf(scores[i][j][e], call.score_scale, -shift));
                         sum += scores[i][j][e];
                     }
                 row_sum[i][half] = row_sum[i][half] * shrink + sum;

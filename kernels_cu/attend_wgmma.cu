@@ -221,7 +221,7 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
                 shrink[half] = 1.0f;
                 if (!is_above(half)) continue;  // whatever other rows do, which may be of another sequence
                 shift[half] = largest[half] * call.score_scale;
-                shrink[half] = exp2f(row_max[half] * call.score_scale - shift[half]);
+                shrink[half] = power_of_two(row_max[half] * call.score_scale - shift[half]);
                 row_sum[half] *= shrink[half];
                 row_max[half] = largest[half];
             }
@@ -231,8 +231,8 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
             float sum = 0.0f;
 #pragma unroll
             for (int j = 2 * half; j < SCORES; j += 4) {
-                scores[j] = exp2f(fmaf(scores[j], call.score_scale, -shift[half]));
-                scores[j + 1] = exp2f(fmaf(scores[j + 1], call.score_scale, -shift[half]));
+                scores[j] = power_of_two(fmaf(scores[j], call.score_scale, -shift[half]));
+                scores[j + 1] = power_of_two(fmaf(scores[j + 1], call.score_scale, -shift[half]));
                 sum += scores[j] + scores[j + 1];
             }
             row_sum[half] += sum;
@@ -389,8 +389,8 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         const float4 other = from[(SENT - 1) * WARPGROUP];
         // One of the two may have seen no key, but not both: a row sees its own.
         const float own_max = group ? row_max[1] : row_max[0], largest = fmaxf(own_max, other.x);
-        const float own_share = exp2f((own_max - largest) * call.score_scale);
-        const float share = exp2f((other.x - largest) * call.score_scale);
+        const float own_share = power_of_two((own_max - largest) * call.score_scale);
+        const float share = power_of_two((other.x - largest) * call.score_scale);
 #pragma unroll
         for (int j = 0; j < 32; j += 4) {
             const float4 more = from[j / 4 * WARPGROUP];

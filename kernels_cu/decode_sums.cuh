@@ -32,7 +32,7 @@ __device__ __forceinline__ Found sum_of_warps(const Shared& shared, int r, int j
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
         // Where no key was seen, or all were NaN, there are no weighted v, and keys may be on their way to their place.
-        const float weight = exp2f(found[w].x - base);
+        const float weight = power_of_two(found[w].x - base);
         all.sum += found[w].x == MINUS_INFINITY ? found[w].y : weight * fabsf(found[w].y);
         const int place = (w * STAGES + (found[w].y < 0.0f)) * static_cast<int>(sizeof(Tile) / 4);
         float2 found_v = make_float2(0.0f, 0.0f);
@@ -72,11 +72,11 @@ __device__ __forceinline__ Found sum_of_parts(uint4* parts, int stride, int num_
 #pragma unroll
         for (int u = 0; u < AT_ONCE; ++u) most = fmaxf(most, __uint_as_float(words[u].z));
         // No key is in the window yet: -inf - -inf would be NaN.
-        const float base = most == MINUS_INFINITY ? 0.0f : most, shrink = exp2f(all.largest - base);
+        const float base = most == MINUS_INFINITY ? 0.0f : most, shrink = power_of_two(all.largest - base);
         all.largest = most, all.value.x *= shrink, all.value.y *= shrink, all.sum *= shrink;
 #pragma unroll
         for (int u = 0; u < AT_ONCE; ++u) {
-            const float weight = exp2f(__uint_as_float(words[u].z) - base);
+            const float weight = power_of_two(__uint_as_float(words[u].z) - base);
             all.value.x += weight * __uint_as_float(words[u].x), all.value.y += weight * __uint_as_float(words[u].y);
             all.sum += weight * __uint_as_float(words[u].w);
         }

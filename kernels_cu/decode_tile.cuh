@@ -248,7 +248,7 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
                     bool& nothing = nothing_seen[IS_ONE ? 0 : t][IS_ONE ? 0 : e];
                     if (most > MINUS_INFINITY && (nothing || most > 0.0f)) shift[t][e] += most;
                     seen = seen || most > MINUS_INFINITY;
-                    const float shrink = nothing ? 0.0f : exp2f(before - shift[t][e]);
+                    const float shrink = nothing ? 0.0f : power_of_two(before - shift[t][e]);
                     sum[t][e] *= shrink;
                     if (!IS_ONE) nothing = nothing && !(most > MINUS_INFINITY);
                     if (IS_ONE && nothing) continue;
@@ -266,7 +266,7 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
         for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                const float low = exp2f(weights[t][2 * n]), high = exp2f(weights[t][2 * n + 1]);
+                const float low = power_of_two(weights[t][2 * n]), high = power_of_two(weights[t][2 * n + 1]);
                 sum[t][0] += low, sum[t][1] += high;
                 const unsigned rounded = pack(low, high, STORAGE());
                 p_frag[t][n] = transpose(rounded);

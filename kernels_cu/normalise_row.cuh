@@ -48,7 +48,7 @@ __device__ __forceinline__ void normalise_row(const Call& call, int m, const cha
     sum_squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) sum_squares += of_warps[i];
-    const float rstd = rsqrtf(sum_squares / size + call.eps);
+    const float rstd = rsqrtf(__fdividef(sum_squares, size) + call.eps);
 #pragma unroll 1
     for (int i = threadIdx.x * VECTOR; i < size; i += ROW_THREADS * VECTOR) {
         float values[VECTOR], scales[VECTOR];

@@ -42,7 +42,7 @@ __device__ __forceinline__ float factor_of(const Call& call, const float (&sums)
     float sum = sums[0] + sums[1] + (sums[2] + sums[3]);
 #pragma unroll
     for (int offset = LANES / 2; offset > 0; offset /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
-    return rsqrtf(sum / call.hidden_size + call.eps) * call.folded_rescale;
+    return rsqrtf(__fdividef(sum, call.hidden_size) + call.eps) * call.folded_rescale;
 }
 
 // This block's share of all notes, by its WARPS warps together, in the order in which tiles of TILE_ROWS rows are multiplied:

@@ -39,6 +39,7 @@ INSTRUCTIONS = (
     ("griddepcontrol.", "ptx_griddepcontrol", ""),
     ("prefetch.", "ptx_prefetch", ""),
     ("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;", "ptx_to_e4m3", ""),
+    ("ex2.approx.ftz.f32 %0, %1;", "ptx_power_of_two", ""),
     ("atom.add.", "ptx_atom", ""),
     ("cp.async.cg.", "ptx_cp_async", "16"),
     ("createpolicy.", "ptx_policy", ""),

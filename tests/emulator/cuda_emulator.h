@@ -643,6 +643,10 @@ inline void ptx_fence() {}
 inline void ptx_to_e4m3(unsigned short& pair, float high, float low) {
     pair = static_cast<unsigned short>(emulator::e4m3(high) << 8 | emulator::e4m3(low));
 }
+inline void ptx_power_of_two(float& result, float x) {
+    result = std::exp2(x);
+    if (result < std::numeric_limits<float>::min()) result = 0.0f;
+}
 inline void ptx_atom(int& before, int* place) { before = atomicAdd(place, 1); }
 
 inline unsigned __umulhi(unsigned a, unsigned b) { return static_cast<unsigned>(static_cast<unsigned long long>(a) * b >> 32); }
