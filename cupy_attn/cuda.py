@@ -238,7 +238,7 @@ class CudaBackend:
             # It takes the last kernel to make notes old. While a graph is captured nothing has run.
             with contextlib.suppress(RuntimeError):  # a GPU that fails is told of by what failed first
                 if not capturing:
-                    workspace_of(self._device, stream.ptr).refill("notes")
+                    workspace_of(self._device, stream.ptr).clear("notes")
             raise
         del keep
         if decode and plan.seq == 1 and plan.counting_on and plan.unpadded and not capturing and not cache.captured:
@@ -370,13 +370,13 @@ class CudaBackend:
                 buffers["v"] = (batch, kv_heads, scratch, dim), np.float16
         scratch_arrays = {name: workspace.take(name, size, dtype, capturing=capturing)
                           for name, (size, dtype) in buffers.items()}  # fmt: skip
-        zeroed = {"counters": workspace.take("counters", (max(counts),), np.int32, capturing=capturing, fill=0)}
+        zeroed = {"counters": workspace.take("counters", (max(counts),), np.int32, capturing=capturing, zeroed=True)}
         if decode:
-            zeroed["parts"] = workspace.take("parts", (part_words, 4), np.uint32, capturing=capturing, fill=0)
+            zeroed["parts"] = workspace.take("parts", (part_words, 4), np.uint32, capturing=capturing, zeroed=True)
         self._set(notes=0)
         if noted:
             size = 1 + batch * seq, NOTE_WORDS
-            zeroed["notes"] = workspace.take("notes", size, np.int32, capturing=capturing, fill=0)
+            zeroed["notes"] = workspace.take("notes", size, np.int32, capturing=capturing, zeroed=True)
         self._set(
             x=x.data.ptr, residual=0 if residual is None else residual.data.ptr, y=y.data.ptr,
             positions=0 if plan.counting_on else integers(plan.positions),

@@ -17,24 +17,20 @@ class Workspace:
     def __init__(self) -> None:
         self.generation = 0  # goes up whenever a buffer moves
         self._buffers: dict[str, Any] = {}
-        self._fills: dict[str, int] = {}
+        self._zeroed: set[str] = set()
         self._kept: list[Any] = []
 
-    def take(
-        self, name: str, shape: tuple[int, ...], dtype: Any, *, capturing: bool, fill: int | None = None
-    ) -> Any:  # fmt: skip
+    def take(self, name: str, shape: tuple[int, ...], dtype: Any, *, capturing: bool, zeroed: bool = False) -> Any:
         """Return a buffer of at least this size as an array.
 
         Parameters
         ----------
         name : str
-            Which one.
+            Which one; ``zeroed`` ones are zero when made, and what kernels leave in them stays.
         shape, dtype
             Of the array.
         capturing : bool
             Whether the stream is being captured: a graph keeps the address, so the buffer must outlive it.
-        fill : int, optional
-            What all its bytes are when it is made. What kernels leave in such a buffer stays.
         """
         import cupy
 
@@ -42,34 +38,34 @@ class Workspace:
         nbytes = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(name)
         if buffer is None or buffer.nbytes < nbytes:
-            if fill is not None and capturing:
-                buffer = _filled_now(nbytes, fill)
+            if zeroed and capturing:
+                buffer = _zeros_now(nbytes)
             else:
                 buffer = cupy.empty(nbytes, np.uint8)
-                if fill is not None:
-                    buffer.fill(fill)
-            if fill is not None:
-                self._fills[name] = fill
+                if zeroed:
+                    buffer.fill(0)
+            if zeroed:
+                self._zeroed.add(name)
             self.generation += 1  # before it moves: a call may be interrupted
             self._buffers[name] = buffer  # once it is what it should be
         if capturing and not any(kept is buffer for kept in self._kept):
             self._kept.append(buffer)
         return buffer[:nbytes].view(dtype).reshape(shape)
 
-    def refill(self, name: str) -> None:
-        """Fill a buffer again where it is, as graphs may hold it: a call ended halfway and left something in it."""
+    def clear(self, name: str) -> None:
+        """Zero a buffer where it is, as graphs may hold it: a call ended halfway and left it in no known state."""
         if name in self._buffers:
-            self._buffers[name].fill(self._fills[name])
+            self._buffers[name].fill(0)
 
     def poison(self) -> None:
         """Fill every buffer that kernels must write before they read with 0xff bytes: NaN, for tests."""
         for name, buffer in self._buffers.items():
-            if name not in self._fills:
+            if name not in self._zeroed:
                 buffer.fill(0xFF)
 
 
-def _filled_now(nbytes: int, fill: int) -> Any:
-    """Return filled bytes while a stream is being captured, which would fill them only when the graph is replayed.
+def _zeros_now(nbytes: int) -> Any:
+    """Return zeros while a stream is being captured, which would write them only when the graph is replayed.
 
     Not from the pool: that gives again what was freed in the capture, and the graph's replays write there.
     """
@@ -78,7 +74,7 @@ def _filled_now(nbytes: int, fill: int) -> Any:
     memory = cupy.cuda.MemoryPointer(cupy.cuda.Memory(nbytes), 0)
     buffer = cupy.ndarray(nbytes, np.uint8, memory)
     with cupy.cuda.Stream(non_blocking=True) as own:
-        buffer.fill(fill)
+        buffer.fill(0)
         own.synchronize()
     return buffer
 

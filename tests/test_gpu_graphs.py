@@ -208,7 +208,7 @@ def test_calls_behind_each_other_count_all_their_tokens(stream, captured):
 
 
 @pytest.mark.parametrize("captured", [False, True])
-def test_scratch_that_must_be_filled_is_not_memory_that_the_stream_still_writes(captured):
+def test_scratch_that_must_be_zero_is_not_memory_that_the_stream_still_writes(captured):
     import cupy
 
     nbytes = 1 << 20
@@ -223,7 +223,7 @@ def test_scratch_that_must_be_filled_is_not_memory_that_the_stream_still_writes(
             for _ in range(0 if captured else 50):
                 busy = busy @ busy * np.float32(1 / 4096)
             cupy.full(nbytes, 0xFF, np.uint8)  # freed at once, written later
-            taken = Workspace().take("parts", (nbytes,), np.uint8, capturing=captured, fill=0)
+            taken = Workspace().take("parts", (nbytes,), np.uint8, capturing=captured, zeroed=True)
         finally:
             graph = stream.end_capture() if captured else None
         if graph is not None:
