@@ -266,7 +266,7 @@ def _gemv_tiles(sizes: tuple[int, ...], rows: int, limits: Limits) -> int:
 def _gemv_grid(rows: int, tiles: int, limits: Limits) -> int:
     """Return the blocks of ``decode_*.cu``: one for each piece of W, one more, and no fewer than multiprocessors.
 
-    Where one had none, two of the next kernel would go there, and leave no room for a block of ``attend_decode.cu``.
+    With one block fewer than those a layer takes longer: ``attend_decode.cu`` has room beside one block only.
     """
     return max(-(-rows // (8 * tiles)) + 1, limits.num_sms)
 

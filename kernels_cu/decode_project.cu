@@ -29,7 +29,7 @@ __device__ __forceinline__ int parts_stride_of(int hidden_size) { return (hidden
 extern "C" __global__ void __maxnreg__(gemv::MOST_REGISTERS)
 decode_project(const __grid_constant__ Call call)
 {
-    // Of a few tokens two blocks may share a multiprocessor that attend_decode has left: their W comes sooner.
+    // Of a few tokens more blocks may share a multiprocessor that attend_decode has left, and W comes sooner.
     if (!IS_HELD) gemv::take_all_registers();
     extern __shared__ __align__(16) float input_norm[];
     __shared__ __align__(16) Memory memory[gemv::WARPS];

@@ -17,8 +17,8 @@ constexpr int STEP = 32;  // k of a warp at a time; its next steps lie WARPS ste
 // attend_decode.cu has 168 and begins beside these kernels: together they fill a multiprocessor's registers.
 constexpr int MOST_REGISTERS = 88;
 
-// Have that many, whatever the compiler needs: with fewer three of these kernels' blocks fit a multiprocessor, two of them of one
-// kernel, which then takes longer there than on others and lets attend_decode begin later.
+// Have that many, whatever the compiler needs: with fewer three of these kernels' blocks fit a multiprocessor, where attend_decode
+// has room beside one only, and a layer takes longer (docs/decode-notes.md, version 26).
 __device__ __forceinline__ void take_all_registers() {
 #ifdef __CUDA_ARCH_FEAT_SM90_ALL
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(MOST_REGISTERS));
