@@ -18,6 +18,8 @@ NORMALISED_ONCE = 4  # decode_project.cu: halves of more would leave attend_deco
 GEMV_THREADS = 256
 # decode_project.cu, decode_output.cu: steps of W under way at once, by TILES.
 PROJECT_STEPS, OUTPUT_STEPS = {2: 7, 3: 5, 4: 4, 5: 2}, {1: 8, 2: 8, 3: 4, 4: 4}
+# gemv_lines.cuh: elements of a step, steps of a unit, what rows of a block are a multiple of, and how many at most.
+LINE, LINE_UNITS, LINE_ROWS, MOST_LINES = 256, range(4, 17), 4, 64
 FEW_ROWS, FEW_THREADS, FEW_CHUNK, FEW_STAGES, MAX_SPLITS = 64, 128, 64, 4, 8  # gemm_few.cuh
 ROW_THREADS = 128  # normalise_row.cuh
 MAX_FEW = 256  # tokens: for more than that, tiles of a matrix product read the weights less often
@@ -263,18 +265,45 @@ def _gemv_tiles(sizes: tuple[int, ...], rows: int, limits: Limits) -> int:
     return min(sizes, key=lambda size: -(-blocks[size] // limits.num_sms) * size)
 
 
-def _gemv_grid(rows: int, tiles: int, limits: Limits) -> int:
-    """Return the blocks of ``decode_*.cu``: one for each piece of W, one more, and no fewer than multiprocessors.
-
-    With one block fewer than those a layer takes longer: ``attend_decode.cu`` has room beside one block only.
-    """
-    return max(-(-rows // (8 * tiles)) + 1, limits.num_sms)
-
-
 def _gemv_steps(under_way: dict[int, int], tiles: int, k_size: int) -> int:
     """Return how many steps of W a warp of ``decode_*.cu`` takes, if all are under way at once; otherwise 0."""
     steps = -(-k_size // GEMV_THREADS)
     return steps if steps <= under_way[tiles] else 0
+
+
+def _lines(rows: int, k_size: int, limits: Limits) -> tuple[int, int] | None:
+    """Return how many blocks share rows of W out as ``gemv_lines.cuh`` reads them, and its UNIT; None if it does not.
+
+    At most two blocks a multiprocessor, and as few rows as can be on the one that has most.
+    """
+    unit, rest = divmod(k_size, 2 * LINE)
+    blocks = {n: -(-rows // n) for n in range(LINE_ROWS, MOST_LINES + 1, LINE_ROWS)}
+    sizes = [n for n in blocks if blocks[n] <= 2 * limits.num_sms]
+    if rest or unit not in LINE_UNITS or not sizes:
+        return None
+    return blocks[min(sizes, key=lambda n: -(-blocks[n] // limits.num_sms) * n)], unit
+
+
+def reads_lines(config: AttentionConfig, limits: Limits) -> bool:
+    """Return whether rows of both projections' weights can be read as lines, for one token."""
+    rows = config.q_size + 2 * config.kv_size
+    return all(_lines(*size, limits) for size in ((rows, config.hidden_size), (config.hidden_size, config.q_size)))
+
+
+def _gemv(
+    rows: int, k_size: int, limits: Limits, sizes: tuple[int, ...], under_way: dict[int, int], *, is_one: bool
+) -> tuple[int, dict[str, int]]:
+    """Return the grid of ``decode_*.cu`` and the macros that say how it reads W, for one token or more.
+
+    A block to each piece of W, one more, and no fewer than multiprocessors: with one less a layer takes longer, since
+    ``attend_decode.cu`` has room beside one block only.
+    """
+    tiles = _gemv_tiles(sizes, rows, limits)
+    blocks, macros = -(-rows // (8 * tiles)), {"TILES": tiles, "STEPS": _gemv_steps(under_way, tiles, k_size)}
+    lines = _lines(rows, k_size, limits)
+    if is_one and lines and not macros["STEPS"]:
+        blocks, macros = lines[0], {"UNIT": lines[1]}
+    return max(blocks + 1, limits.num_sms), macros
 
 
 def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
@@ -287,21 +316,19 @@ def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch:
     once = batch <= NORMALISED_ONCE and norm + halves + GEMV_STATIC_SMEM <= limits.block_smem
     warps = GEMV_THREADS // 32 >> (batch - 1).bit_length()  # to a token
     held = min(-(-size // (warps * 32 * 8)), 2) if once else 0
-    tiles = _gemv_tiles((4, 3, 2, 5), rows, limits)
-    steps = _gemv_steps(PROJECT_STEPS, tiles, size)
-    macros = macros_of(plain(shape), TILES=tiles, STEPS=steps, HELD=held)
+    grid, how = _gemv(rows, size, limits, (4, 3, 2, 5), PROJECT_STEPS, is_one=batch == 1 and once)
+    macros = macros_of(plain(shape), HELD=held, **how)
     smem = norm + (halves if once else rows_of_x)
-    return Launch("decode_project", macros, _gemv_grid(rows, tiles, limits), GEMV_THREADS, smem, overlaps=True)
+    return Launch("decode_project", macros, grid, GEMV_THREADS, smem, overlaps=True)
 
 
 def decode_output(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
     """Launch of ``decode_output.cu``, or None for more tokens than it takes."""
     if batch > DECODE_VECTORS:
         return None
-    tiles = _gemv_tiles((1, 2, 3, 4), config.hidden_size, limits)
-    macros = macros_of(plain(shape), TILES=tiles, STEPS=_gemv_steps(OUTPUT_STEPS, tiles, config.q_size))
-    grid = _gemv_grid(config.hidden_size, tiles, limits)
-    return Launch("decode_output", macros, grid, GEMV_THREADS, 0, overlaps=True)
+    sizes = (1, 2, 3, 4)
+    grid, how = _gemv(config.hidden_size, config.q_size, limits, sizes, OUTPUT_STEPS, is_one=batch == 1)
+    return Launch("decode_output", macros_of(plain(shape), **how), grid, GEMV_THREADS, 0, overlaps=True)
 
 
 def _few(name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size: int, parts: int) -> Launch:

@@ -33,8 +33,8 @@ FEW_TOKENS, MOST_TOKEN_TILES, FEW_SPLITS = 64, 2, (1, 2, 4)
 FEW_COLUMNS, MOST_EXACT_COLUMNS = (48, 64, 96, 128, 144, 160, 192, 224, 256), (144, 96)
 X_BYTES, MOST_X_STAGES, MOST_W_STAGES = 48 << 10, 16, 20
 ROUND = 4096  # what it costs that clusters begin when others end, in rows of 64 columns
-# The fewest tokens of a decode call that those kernels are taken for, unless q, k and v have so many weights; the most
-# rows of a prefill whose output they project.
+# The fewest tokens of a decode call that those kernels are taken for, unless q, k and v have so many weights and it is
+# not one for which they are read as lines; the most rows of a prefill whose output they project.
 LEAST_FEW, MANY_WEIGHTS, MOST_FEW_ROWS = launch.DECODE_VECTORS + 1, 20 << 20, 256
 
 
@@ -211,7 +211,8 @@ def projects_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: 
     """Return whether both projections of so many tokens run on ``project_*_few_wgmma.cu``."""
     fits = config.hidden_size % GEMM_BLOCK_K == 0 and launch.holds_a_row(config, limits)
     weights = (config.q_size + 2 * config.kv_size) * config.hidden_size
-    enough = tokens >= LEAST_FEW or (weights >= MANY_WEIGHTS and not shape.precise)
+    many = weights >= MANY_WEIGHTS and not shape.precise and not (tokens == 1 and launch.reads_lines(config, limits))
+    enough = tokens >= LEAST_FEW or many
     # With batch_invariant the same kernels must multiply, whatever the batch.
     wanted = shape.batch_invariant or (enough and tokens <= launch.MAX_FEW)
     return limits.wgmma and fits and wanted

@@ -1,23 +1,31 @@
 // RMSNorm and QKV projection for up to 8 tokens.
 //   qkv = (x / rms(x) * w_in) Wqkv^T + bias          float32 [B S, (Hq + 2 Hkv) D]; the norms of heads follow on reading
 //
-// Grid (pieces of ROWS rows of Wqkv, blocks with nothing to do, and one that describes the rows of x), block 256 threads; every
+// Grid (pieces of rows of Wqkv, blocks with nothing to do, and one that describes the rows of x), block 256 threads; every
 // block normalises every token for itself. Hidden states are high and low halves, so nothing is lost to rounding. Shared memory:
 // w_in, float [H rounded up to 32]; x, STORAGE [B S, stride_of(H)], or, where HELD, its halves, 16 bytes [B S, parts_stride_of(H)].
-// -D: those of call.cuh, TILES, STEPS (gemv.cuh), HELD (0: a token is normalised by each warp as it multiplies; otherwise once, and
-// a thread has one vector of 8 elements of it, or, if that is 2, more). Memory bound: one read of Wqkv, most of it before the
-// kernel ahead has ended.
+// -D: those of call.cuh, TILES, STEPS (gemv.cuh) or, for one token, UNIT (gemv_lines.cuh), HELD (0: a token is normalised by
+// each warp as it multiplies; otherwise once, and a thread has one vector of 8 elements of it, or, if that is 2, more). Memory
+// bound: one read of Wqkv, most of it before the kernel ahead has ended.
 #include "call.cuh"
-#include "gemv.cuh"
+#include "gemv_lines.cuh"
 #include "reduce.cuh"
 #include "storage.cuh"
 
-constexpr int ROWS = gemv::TILE * TILES;  // of a block
-using Memory = gemv::WarpMemory<TILES>;
+#ifdef UNIT
+using W = gemv::Lines<UNIT, 2>;
+using Memory = W::Memory;
+static_assert(sizeof(W::Sums) <= W::K_SIZE * sizeof(float), "room for sums where w_in was");
+#else
 constexpr int UNROLL = TILES == 5 ? 1 : TILES == 4 ? 2 : 3;  // steps of W under way to registers
+using W = gemv::Rows<TILES, UNROLL, STEPS>;
+using Memory = gemv::WarpMemory<TILES>[gemv::WARPS];
+#endif
 
 constexpr bool IS_HELD = HELD > 0;
 constexpr bool IN_REGISTERS = HELD == 1;  // until it can be normalised; more vectors are in their places in shared memory
+// Vectors of halves, from those of 8 elements to the next 8's; of lines all first halves come before all second ones.
+constexpr int APART = W::VECTORS == 1 ? 1 : 2;
 constexpr int HELD_AT_ONCE = IN_REGISTERS ? 1 : 2;  // on their way
 
 // Elements between vectors: half a bank cycle apart, so that two vectors a 16-byte read touches do not collide.
@@ -32,14 +40,14 @@ decode_project(const __grid_constant__ Call call)
     // Of a few tokens more blocks may share a multiprocessor that attend_decode has left, and W comes sooner.
     if (!IS_HELD) gemv::take_all_registers();
     extern __shared__ __align__(16) float input_norm[];
-    __shared__ __align__(16) Memory memory[gemv::WARPS];
+    __shared__ __align__(16) Memory memory;
     __shared__ __align__(16) float squares[gemv::MAX_VECTORS][gemv::WARPS];
     const int num_tokens = call.batch * call.seq;
     const int size = call.hidden_size, stride = stride_of(size);
     STORAGE* const x_smem = reinterpret_cast<STORAGE*>(input_norm + (size + 31) / 32 * 32);
     uint4* const x_parts = reinterpret_cast<uint4*>(x_smem);
     const int total_rows = (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
-    const int first = blockIdx.x * ROWS;
+    const int rows = W::rows_of_block(total_rows), first = blockIdx.x * rows;
     if (blockIdx.x == gridDim.x - 1) {
         wait_for_previous_kernel();
         let_next_kernel_begin();
@@ -52,8 +60,7 @@ decode_project(const __grid_constant__ Call call)
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, m = lane / 4;
 
-    gemv::Rows<TILES, UNROLL, STEPS> w(call.qkv_proj + static_cast<long long>(first) * size, total_rows - first, size,
-                                       memory);
+    W w(call.qkv_proj + static_cast<long long>(first) * size, total_rows - first, rows, size, memory);
 #pragma unroll 1  // kernels this short spend their time on fetching instructions
     for (int i = threadIdx.x * 4; i < size; i += gemv::THREADS * 4) copy16_async(input_norm + i, call.input_norm + i, true);
     copies_commit();
@@ -68,7 +75,8 @@ decode_project(const __grid_constant__ Call call)
     let_next_kernel_begin();
     // Each lane adds up the squares of what it has loaded or copied.
     uint4 held[HELD_AT_ONCE] = {};
-    const auto place = [&](int k) { return x_parts + token * parts_stride_of(size) + k / VECTOR * 2; };
+    const auto place = [&](int k) { return x_parts + token * parts_stride_of(size) + k / VECTOR * APART; };
+    const int second = W::VECTORS == 1 ? size / VECTOR : 1;  // from the first vector of 8 elements' halves
     float sum_squares = 0.0f;
     const auto add_squares = [&](const STORAGE* vector) {
         float values[VECTOR];
@@ -134,7 +142,7 @@ decode_project(const __grid_constant__ Call call)
             if (k >= size) return;
             uint4 parts[2];
             normalise(reinterpret_cast<const STORAGE*>(&raw), input_norm + k, parts);
-            place(k)[0] = parts[0], place(k)[1] = parts[1];
+            place(k)[0] = parts[0], place(k)[second] = parts[1];
         };
         if (IN_REGISTERS) {
             normalise_held(first_mine, held[0]);
@@ -144,6 +152,14 @@ decode_project(const __grid_constant__ Call call)
         }
         __syncthreads();
     }
+#ifdef UNIT
+    W::Sums& sums = *reinterpret_cast<W::Sums*>(input_norm);  // which is read no more
+    w.multiply(sums, [&](int ahead, uint4 (&parts)[2]) {
+        const uint4* const source = x_parts + (W::first_k() + ahead) / VECTOR;
+        parts[0] = source[0], parts[1] = source[W::K_SIZE / VECTOR];
+    });
+#else
+    const Memory& sums = memory;
     const uint4* const parts_mine = x_parts + m * parts_stride_of(size) + gemv::first_k(warp) / VECTOR * 2;
     w.multiply<2, 1>([&](int k, int ahead, uint4 (&parts)[2]) {
         parts[0] = parts[1] = make_uint4(0, 0, 0, 0);
@@ -155,12 +171,13 @@ decode_project(const __grid_constant__ Call call)
             normalise(x_smem + m * stride + k, input_norm + k, parts);
         }
     });
+#endif
     __syncthreads();
 #pragma unroll
-    for (int some = 0; some < ROWS * gemv::MAX_VECTORS; some += gemv::THREADS) {
-        const int i = some + threadIdx.x, b = i / ROWS, n = first + i % ROWS;
-        if (i < ROWS * gemv::MAX_VECTORS && b < num_tokens && n < total_rows)
+    for (int some = 0; some < W::MOST_ROWS * W::VECTORS; some += gemv::THREADS) {
+        const int i = some + threadIdx.x, b = W::VECTORS > 1 ? i / rows : 0, n = first + (W::VECTORS > 1 ? i % rows : i);
+        if (i < rows * W::VECTORS && b < num_tokens && n < total_rows)
             call.qkv[static_cast<long long>(b) * total_rows + n] =
-                gemv::sum_of_warps(memory, i) * call.qkv_unscale + (call.qkv_bias != nullptr ? call.qkv_bias[n] : 0.0f);
+                W::sum(sums, i) * call.qkv_unscale + (call.qkv_bias != nullptr ? call.qkv_bias[n] : 0.0f);
     }
 }

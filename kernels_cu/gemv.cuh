@@ -50,13 +50,16 @@ struct Rows {
     static constexpr bool HAS_ALL = Steps > 0;
     static constexpr int ROUND = HAS_ALL ? Steps : DEPTH;
     static_assert(ROUND <= DEPTH, "steps under way");
+    static constexpr int VECTORS = MAX_VECTORS, MOST_ROWS = TILE * Tiles;
     const __half* mine;  // of this thread's row of the first tile
     int rows_left, k_size;
     WarpMemory<Tiles>& own;
     uint4 loaded[Unroll][Tiles];
 
+    __device__ __forceinline__ static int rows_of_block(int) { return TILE * Tiles; }
+
     // Needs nothing that the kernel before this one writes. `memory`: of the block's warps.
-    __device__ __forceinline__ Rows(const __half* w, int num_rows, int k_size, WarpMemory<Tiles>* memory)
+    __device__ __forceinline__ Rows(const __half* w, int num_rows, int, int k_size, WarpMemory<Tiles>* memory)
         : k_size(k_size), own(memory[threadIdx.x / 32]) {
         const int row = threadIdx.x % 32 / 4;
         mine = w + static_cast<long long>(row) * k_size;
@@ -162,16 +165,15 @@ struct Rows {
             *reinterpret_cast<float2*>(place) = sum;
         }
     }
-};
 
-// Sum `i`, over the warps and always in the same order, of sums that `multiply` left: vector i / (8 Tiles), row of W
-// i % (8 Tiles).
-template <int Tiles>
-__device__ __forceinline__ float sum_of_warps(const WarpMemory<Tiles>* memory, int i) {
-    float sum = 0.0f;
+    // Sum `i`, over the warps and always in the same order, of sums that `multiply` left: vector i / (8 Tiles), row of W
+    // i % (8 Tiles).
+    __device__ __forceinline__ static float sum(const WarpMemory<Tiles>* memory, int i) {
+        float sum = 0.0f;
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) sum += memory[w].sums[i];
-    return sum;
-}
+        for (int w = 0; w < WARPS; ++w) sum += memory[w].sums[i];
+        return sum;
+    }
+};
 
 }  // namespace gemv

@@ -132,6 +132,23 @@ def test_decode_of_a_few_tokens_of_any_width(gpu, hidden, q_heads, dtype):
         call(layer, filled_cache(layer, [20] * batch, 21), 1)
 
 
+@pytest.mark.parametrize(
+    ("hidden", "q_heads", "num_sms", "units"),
+    [
+        (2048, 5, 9, ("4", None)), (264, 32, 5, (None, "4")), (2560, 40, 30, ("5", "5")), (3072, 4, 5, ("6", None)),
+        (512, 56, 19, (None, "7")), (4096, 2, 7, ("8", None)), (512, 64, 19, (None, "8")), (5120, 1, 3, ("10", None)),
+        (8192, 1, 3, ("16", None)), (264, 128, 5, (None, "16")),
+    ],
+)  # fmt: skip
+def test_decode_of_one_token_reads_long_rows_as_lines(monkeypatch, hidden, q_heads, num_sms, units):
+    """Blocks whose last units there are and such that are short of them."""
+    emulated_gpu.pretend(monkeypatch, num_sms=num_sms)
+    layer = make_layer(config_of(q_heads, 1, 64, hidden), "float16", TAME)
+    first, _, last = launch.decode(layer.config, layer._backend._shape, layer._backend._limits, 1, 1)
+    assert tuple(dict(one.macros).get("UNIT") for one in (first, last)) == units
+    call(layer, filled_cache(layer, [20], 21), 1)
+
+
 @pytest.mark.parametrize("num_sms", [1, 2, 3, 40])
 def test_decode_on_gpus_of_any_size(monkeypatch, num_sms):
     emulated_gpu.pretend(monkeypatch, num_sms)

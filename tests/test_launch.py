@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import re
 
 import numpy as np
@@ -181,17 +182,42 @@ def test_tokens_are_normalised_once_where_attention_has_room_beside_them():
 def test_weights_are_all_asked_for_at_once_where_a_block_has_few(name, project, output):
     config = CONFIGS[name]
     shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
-    first, last = (one(config, shape, cuda.H200, 1) for one in (launch.decode_project, launch.decode_output))
+    first, last = (one(config, shape, cuda.H200, 2) for one in (launch.decode_project, launch.decode_output))
     assert (dict(first.macros)["STEPS"], dict(last.macros)["STEPS"]) == (project, output)
+
+
+@pytest.mark.parametrize(
+    ("name", "project", "output"),
+    [("0.6B", None, None), ("1.7B", (4, 16), None), ("4B", (5, 24), (8, 20)), ("8B", (8, 24), (8, 16)),
+     ("32B", (10, 40), (16, 20)), ("235B-A22B", (8, 36), (16, 16))],
+)  # fmt: skip
+def test_other_weights_are_read_as_lines_for_one_token(name, project, output):
+    """Steps of half a row, and rows of a block: those of the busiest multiprocessor are as few as can be."""
+    config, gpu = CONFIGS[name], cuda.H200
+    shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
+    first, last = (one(config, shape, gpu, 1) for one in (launch.decode_project, launch.decode_output))
+    sizes = (config.q_size + 2 * config.kv_size, config.hidden_size), (config.hidden_size, config.q_size)
+    for one, (rows, k_size), expected in zip((first, last), sizes, (project, output), strict=True):
+        macros = dict(one.macros)
+        assert ("UNIT" in macros, "TILES" in macros) == (expected is not None, expected is None)
+        if expected is not None:
+            of_block = math.ceil(rows / (one.grid - 1) / 4) * 4  # gemv_lines.cuh
+            assert (int(macros["UNIT"]), of_block) == expected
+            assert k_size == 2 * launch.LINE * int(macros["UNIT"])
+            assert of_block <= launch.MOST_LINES
+    assert launch.reads_lines(config, gpu) == (name != "0.6B")
+    if config.group <= 8:  # attend_decode has registers for a block of decode_output beside it, which has 48 KB at most
+        attention = launch.attend_decode(config, shape, gpu, 1, alone=False).smem_bytes + launch.STATIC_SMEM
+        assert attention + (48 << 10) + 2 * launch.RESERVED_SMEM <= gpu.sm_smem
 
 
 @pytest.mark.parametrize(("name", "tiles"), [("0.6B", 4), ("8B", 3), ("32B", 5), ("235B-A22B", 5)])
 def test_blocks_of_a_few_tokens_projection_begin_all_at_once(name, tiles):
     config, gpu = CONFIGS[name], cuda.H200
     shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
-    for tokens in (1, launch.DECODE_VECTORS):
+    for tokens in (1, 2, launch.DECODE_VECTORS):
         one = launch.decode_project(config, shape, gpu, tokens)
-        assert dict(one.macros)["TILES"] == str(tiles)
+        assert tokens == 1 or dict(one.macros)["TILES"] == str(tiles)
         assert one.grid - 1 <= 2 * gpu.num_sms
 
 
@@ -259,6 +285,9 @@ def test_who_takes_hoppers_own_kernels_for_a_few_tokens():
     assert all(takes(tokens, batch_invariant=True) for tokens in (1, 257))
     assert not takes(9, limits=dataclasses.replace(cuda.H200, wgmma=False))
     config = model_config("8B")  # so many weights that a kernel more does not matter
+    assert [takes(tokens) for tokens in (1, 2, 8)] == [False, True, True]
+    assert not takes(2, precise=True)
+    config = dataclasses.replace(config, hidden_size=4352)  # whose rows are not read as lines
     assert takes(1)
     config = make_config(head_dim=128, hidden_size=264)
     assert not takes(9)

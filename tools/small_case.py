@@ -37,6 +37,12 @@ MORE_FEW_TILES = ((140, (2, 2), 512, 54), (140, (2, 2), 512, 16), (140, (2, 2), 
 # all at once.
 PROJECT_TILES = ((776, 32), (1032, 32), (1288, 43), (520, 26))
 OUTPUT_TILES = (((18, 2), 128, None), ((18, 2), 128, 4), ((10, 2), 512, 22))
+# Heads, columns and multiprocessors for which decode_project and decode_output read rows as lines, 4, 5, 8 and 10 steps
+# to a unit and 8, 10 and 16, in one round of units and in several.
+LINES = (
+    ((2, 1), 2048, 8), ((2, 1), 2560, 6), ((2, 1), 4096, 8), ((2, 1), 5120, 40),
+    ((32, 1), 512, 12), ((40, 1), 520, 132), ((64, 1), 520, 12),
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,7 +111,7 @@ def small_runs() -> list[Small]:
         *(
             Small(dtype, False, calls=(1,), heads=heads, hidden_size=hidden_size, num_sms=num_sms)
             for dtype in DTYPES
-            for heads, hidden_size, num_sms in OUTPUT_TILES
+            for heads, hidden_size, num_sms in OUTPUT_TILES + LINES
         ),
         *(Small(*kind, calls=(20, 1), heads=(16, 1)) for kind in both),
         *(Small(*kind, calls=(2, 8, 16, 1)) for kind in both),  # a few tokens a sequence
