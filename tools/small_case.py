@@ -33,9 +33,9 @@ FEW_TILES = (
 )  # fmt: skip
 MORE_FEW_TILES = ((140, (2, 2), 512, 54), (140, (2, 2), 512, 16), (140, (2, 2), 1024, 7))  # on the normal path
 # Columns and multiprocessors for which decode_project takes 4, 4, 3 and 5 tiles of rows a block, all of them under way
-# at once only in the first case. Heads, columns and multiprocessors for which decode_output takes 1, 2 and 3, and never
-# all at once.
-PROJECT_TILES = ((776, 32), (1032, 32), (1288, 43), (520, 26))
+# at once only in the first case; and tokens. Heads, columns and multiprocessors for which decode_output takes 1, 2 and
+# 3, and never all at once.
+PROJECT_TILES = ((776, 32, (1, 4, 8)), (1032, 32, (4, 8)), (1288, 43, (4, 8)), (520, 26, (4, 8)))
 OUTPUT_TILES = (((18, 2), 128, None), ((18, 2), 128, 4), ((10, 2), 512, 22))
 # Heads, columns and multiprocessors for which decode_project and decode_output read rows as lines, 4, 5, 8 and 10 steps
 # to a unit and 8, 10 and 16, in one round of units and in several.
@@ -98,15 +98,10 @@ def small_runs() -> list[Small]:
         # Tiles that two share: blocks of a product; warpgroups of attention, from tile to tile.
         *(Small(dtype, False, calls=(385,), heads=(8, 2), hidden_size=256, num_sms=34) for dtype in DTYPES),
         *(
-            Small(dtype, False, batch=batch, calls=(1, 1), num_sms=num_sms)
-            for dtype in DTYPES
-            for batch, num_sms in ((1, 16), (1, 22), (8, 14), (8, 16), (8, 22), (8, None))
-        ),
-        *(
             Small(dtype, False, batch=batch, calls=(1,), hidden_size=hidden_size, num_sms=num_sms)
             for dtype in DTYPES
-            for hidden_size, num_sms in PROJECT_TILES
-            for batch in (1, 4, 8)
+            for hidden_size, num_sms, batches in PROJECT_TILES
+            for batch in batches
         ),
         *(
             Small(dtype, False, calls=(1,), heads=heads, hidden_size=hidden_size, num_sms=num_sms)
