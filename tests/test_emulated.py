@@ -140,10 +140,11 @@ def test_decode_of_a_few_tokens_of_any_width(gpu, hidden, q_heads, dtype):
         (8192, 1, 3, ("16", None)), (264, 128, 5, (None, "16")),
     ],
 )  # fmt: skip
-def test_decode_of_one_token_reads_long_rows_as_lines(monkeypatch, hidden, q_heads, num_sms, units):
-    """Blocks whose last units there are and such that are short of them."""
+@pytest.mark.parametrize("dtype", HALVES)
+def test_decode_of_one_token_reads_long_rows_as_lines(monkeypatch, hidden, q_heads, num_sms, units, dtype):
+    """Where W's rows are shared out evenly, and where the last block has fewer or none."""
     emulated_gpu.pretend(monkeypatch, num_sms=num_sms)
-    layer = make_layer(config_of(q_heads, 1, 64, hidden), "float16", TAME)
+    layer = make_layer(config_of(q_heads, 1, 64, hidden), dtype, TAME)
     first, _, last = launch.decode(layer.config, layer._backend._shape, layer._backend._limits, 1, 1)
     assert tuple(dict(one.macros).get("UNIT") for one in (first, last)) == units
     call(layer, filled_cache(layer, [20], 21), 1)
