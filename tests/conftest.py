@@ -9,6 +9,8 @@ from kernel_helpers import pretend_gpu, write_sources
 import cupy_attn as ca
 from cupy_attn import cpu, cuda, kernels
 
+pytest.register_assert_rewrite("gpu_helpers")  # a check that fails tells its figures
+
 # Maxima of |k_norm.weight| the tests are run at: the threshold, Qwen3-0.6B layers 1 and 0, and far beyond.
 K_NORM_MAXIMA = (20.0, 44.5, 96.5, 1000.0)
 
