@@ -175,7 +175,7 @@ attend_decode(const __grid_constant__ Call call)
 #pragma unroll
             for (int e = 0; e < 2; ++e) {
 #pragma unroll
-                for (int lanes = 4; lanes < 32; lanes *= 2) sums.sum[t][e] += __shfl_xor_sync(0xffffffffu, sums.sum[t][e], lanes);
+                for (int lanes = LEAST_LANES; lanes < 32; lanes *= 2) sums.sum[t][e] += __shfl_xor_sync(0xffffffffu, sums.sum[t][e], lanes);
                 // The sign says where the sums are: in the first tile of the ring or the second.
                 if (lane < 4)
                     shared.found[warp][8 * t + 2 * quad + e] = make_float2(

@@ -82,7 +82,7 @@ __device__ __forceinline__ void normalise_queries(const Call& call, Shared& shar
     }
 }
 
-// Rotate the queries for a tile whose first key is `distance` behind them.
+// Rotate the queries for a tile whose first key is `distance` behind them. HALVES: once more, to rows 4 to 7, for keys 8 positions on.
 __device__ __forceinline__ void rotate_queries(Shared& shared, int rows, int distance) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     __half* const target = shared.q[warp][0];
@@ -94,6 +94,9 @@ __device__ __forceinline__ void rotate_queries(Shared& shared, int rows, int dis
         float2 cosine, sine;
         rotation(distance, make_uint2(frequency.x, frequency.y), cosine.x, sine.x);
         rotation(distance, make_uint2(frequency.z, frequency.w), cosine.y, sine.y);
+#ifdef HALVES
+        const float4 step = *reinterpret_cast<const float4*>(shared.step + d);
+#endif
         constexpr int TOGETHER = HEAD_TILES == 2 ? 4 : 2;  // rows that are read before the first of them is stored
 #pragma unroll 1
         for (int first = 0; first < rows; first += TOGETHER) {
@@ -105,15 +108,23 @@ __device__ __forceinline__ void rotate_queries(Shared& shared, int rows, int dis
             }
 #pragma unroll
             for (int r = 0; r < TOGETHER; ++r) {
+                const auto store = [&](int row, const float2& low, const float2& high) {
+                    const unsigned low_pair = pack(low.x, low.y), high_pair = pack(high.x, high.y);
+                    unsigned* place = reinterpret_cast<unsigned*>(target + row * STRIDE + d);
+                    place[0] = low_pair, place[PAIRS / 2] = high_pair;
+                    if (PARTS == 2) {
+                        place[ROWS * STRIDE / 2] = pack_rest(low.x, low.y, low_pair);
+                        place[ROWS * STRIDE / 2 + PAIRS / 2] = pack_rest(high.x, high.y, high_pair);
+                    }
+                };
                 const float2 low = make_float2(a[r].x * cosine.x - c[r].x * sine.x, a[r].y * cosine.y - c[r].y * sine.y);
                 const float2 high = make_float2(c[r].x * cosine.x + a[r].x * sine.x, c[r].y * cosine.y + a[r].y * sine.y);
-                const unsigned low_pair = pack(low.x, low.y), high_pair = pack(high.x, high.y);
-                unsigned* place = reinterpret_cast<unsigned*>(target + (first + r) * STRIDE + d);
-                place[0] = low_pair, place[PAIRS / 2] = high_pair;
-                if (PARTS == 2) {
-                    place[ROWS * STRIDE / 2] = pack_rest(low.x, low.y, low_pair);
-                    place[ROWS * STRIDE / 2 + PAIRS / 2] = pack_rest(high.x, high.y, high_pair);
-                }
+                store(first + r, low, high);
+#ifdef HALVES
+                store(first + r + ROWS / 2,
+                      make_float2(low.x * step.x + high.x * step.y, low.y * step.z + high.y * step.w),
+                      make_float2(high.x * step.x - low.x * step.y, high.y * step.z - low.y * step.w));
+#endif
             }
         }
     }
@@ -121,9 +132,10 @@ __device__ __forceinline__ void rotate_queries(Shared& shared, int rows, int dis
 
 // Step j of a score takes 8 dims of the lower half of a head and the 8 they are rotated with: block j and block j +
 // HALF_BLOCKS. Query heads 8 t to 8 t + 7 as the B fragments of steps j and j + 1; where there are fewer the last one again, since
-// scores must be numbers.
+// scores must be numbers. HALVES: heads 0 to 3 as rotated for the first keys of a tile and for the others.
 __device__ __forceinline__ void load_queries(unsigned (&frag)[4], const __half* q, int rows, int t, int j) {
     const int lane = threadIdx.x % 32;
     const int block = min(j + lane / 16, HALF_BLOCKS - 1) + lane / 8 % 2 * HALF_BLOCKS;  // an odd last step: read, not used
-    load_matrices(frag, q + min(8 * t + lane % 8, rows - 1) * STRIDE + block * 8);
+    const int row = IN_HALVES ? lane & ROWS / 2 | min(lane % (ROWS / 2), rows - 1) : min(8 * t + lane % 8, rows - 1);
+    load_matrices(frag, q + row * STRIDE + block * 8);
 }

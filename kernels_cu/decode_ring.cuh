@@ -21,6 +21,9 @@ __device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
     copy(shared.turn, call.k_turns);
 #endif
     copy(shared.frequency, call.frequency);
+#ifdef HALVES
+    copy(shared.step, call.frequency + PAIRS);
+#endif
     copies_commit();
 }
 

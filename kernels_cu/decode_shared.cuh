@@ -34,7 +34,10 @@ struct alignas(16) Shared {
 #endif
     __half q[WARPS][PARTS][ROWS * STRIDE];     // q' for a warp's tile
     float q_norm[ROWS * HEAD_DIM];             // normalised queries, not rotated
-    uint2 frequency[PAIRS];
+    uint2 frequency[PAIRS];                    // of call.frequency, as much as is needed
+#ifdef HALVES
+    float2 step[PAIRS];                        // cosines and sines of 8 positions
+#endif
     int positions[WARPS][STAGES][TILE];        // of the keys in the ring, but for new tokens
     float2 found[WARPS][ROWS];                 // of a warp's tiles: what scores are relative to; sum of weights, signed
 };

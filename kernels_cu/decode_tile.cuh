@@ -3,6 +3,10 @@
 //
 // It is the instructions that make k' that count, so scores are k' q'^T and sums v^T p^T: keys and dims are the rows of products,
 // queries, of which there are few, the columns. Even squares of keys are products: the diagonal of k k^T.
+//
+// HALVES: up to four queries are columns twice, rotated by their distance from the tile's first key and from its ninth. So keys 8
+// apart are rotated by the same angles, which are read once: reading them is what shared memory does most. Of a key's scores
+// the ones in columns 0 to 3 count, or those in columns 4 to 7, and each lane has those of one key.
 // -D: those of shares.cuh, FLOAT32_ANGLES.
 #pragma once
 #include "decode_queries.cuh"
@@ -15,9 +19,10 @@ constexpr bool NORMALISES_SCORES = false;
 #else
 constexpr bool NORMALISES_SCORES = true;
 #endif
+constexpr int LEAST_LANES = IN_HALVES ? 2 : 4;  // lanes this far apart, and twice, four times, ... as far, have the same heads
 constexpr float TURN_UNSCALE = 8.0f, LEAST_RSTD = 0.07f, MOST_RSTD = PARTS == 2 ? 16.0f : 2048.0f;
 
-// What a warp has found of a head. Of heads 8 t + 2 (l % 4) + {0, 1}, of lane l:
+// What a warp has found of a head. Of heads 8 t + 2 (l % 4) + {0, 1}, of lane l; HALVES: shift and sum of head 2 (l % 2) + {0, 1}.
 struct Sums {
     float out[HEAD_TILES][DIM_BLOCKS][4];  // weighted v: [.][16 dims], dims l / 4 and 8 more
     float shift[HEAD_TILES][2];            // what scores are taken relative to
@@ -127,36 +132,42 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
     }
     const bool has_new = has_new_tokens(at);
     const auto is_hidden = [&](int n, int t, int e) {
-        const int key = n * 8 + lane / 4;
-        if (IS_ONE) return key > last || offsets[n] < seen_from[0][0];
-        return (has_new && at.slot + key > at.past + token_of(at, group, t, e)) || offsets[n] < seen_from[t][e];
+        const int key = n * 8 + lane / 4, position = n == 0 ? offsets[0] : offsets[1];
+        if (IS_ONE) return key > last || position < seen_from[0][0];
+        return (has_new && at.slot + key > at.past + token_of(at, group, t, e)) || position < seen_from[t][e];
     };
 
-    // The table spans TILE positions: keys further apart than that take several passes.
+    // The table spans TILE positions: keys further apart than that take several passes. HALVES: any gap does, one for the first keys
+    // and one for the others.
 #ifndef FLOAT32_ANGLES
-    const bool gaps = last_position - first_position >= TILE;
+    const int span = last_position - first_position;
+    const bool gaps = IN_HALVES ? span != last : span >= TILE;
+    int half = 0;
     for (int base = first_position;;) {
 #else
     {
-        constexpr int base = 0;
+        constexpr int base = 0, half = 0;
         constexpr bool gaps = false;
 #endif
 #ifdef FLOAT32_ANGLES
         rotate_queries(shared, rows, IS_ONE ? new_at : 0);
 #else
-        rotate_queries(shared, rows, new_at - base);
+        rotate_queries(shared, rows, new_at - base + 8 * half);
 #endif
         __syncwarp();
         ask_for_keys();
 
         float scores[HEAD_TILES][4] = {};  // keys l / 4 and 8 more, heads 2 (l % 4) + {0, 1}
 #ifndef FLOAT32_ANGLES
-        const float4* turns[2][2];
+        constexpr int ROTATIONS = IN_HALVES ? 1 : 2;  // of keys l / 4 and 8 more
+        const float4* turns[ROTATIONS][2];
 #pragma unroll
-        for (int n = 0; n < 2; ++n)
+        for (int n = 0; n < ROTATIONS; ++n) {
+            const int position = n + half == 0 ? offsets[0] : offsets[1];
+            const int offset = IN_HALVES && !gaps ? lane / 4 : (position - base) & (TILE - 1);
 #pragma unroll
-            for (int odd = 0; odd < 2; ++odd)
-                turns[n][odd] = shared.turn + turn_index((offsets[n] - base) & (TILE - 1), quad * 2 + odd);
+            for (int odd = 0; odd < 2; ++odd) turns[n][odd] = shared.turn + turn_index(offset, quad * 2 + odd);
+        }
 #endif
         const auto turn_of = [&](int n, int j, int odd) {
 #ifdef FLOAT32_ANGLES
@@ -166,7 +177,7 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
             const float low = shared.k_norm[pair], high = shared.k_norm[pair + PAIRS];
             return make_float4(low * cosine, high * sine, high * cosine, low * sine);
 #else
-            return turns[n][odd][j * 8];
+            return turns[n % ROTATIONS][odd][j * 8];
 #endif
         };
         unsigned q_frag[HEAD_TILES][PARTS][4];
@@ -206,25 +217,30 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
                 multiply_add(scores[t], k_frag, q[0][two], q[0][two + 1]);
             }
         }
+        // This lane's own: of keys l / 4 and 8 more, heads 8 t + 2 (l % 4) + {0, 1}; or of one of those keys, heads 2 (l % 2) + {0, 1}.
+        constexpr int OWN = IN_HALVES ? 2 : 4;
+        float own[HEAD_TILES][OWN];
 #pragma unroll
         for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
-            for (int e = 0; e < 4; ++e) {
-                scores[t][e] *= score_scale[e / 2];
-                if (is_hidden(e / 2, IS_ONE ? 0 : t, IS_ONE ? 0 : e % 2) ||
-                    (gaps && static_cast<unsigned>(offsets[e / 2] - base) >= TILE))
-                    scores[t][e] = MINUS_INFINITY;
+            for (int e = 0; e < OWN; ++e) {
+                const int n = IN_HALVES ? quad / 2 : e / 2;
+                own[t][e] = (n == 0 ? scores[t][e % 2] * score_scale[0] : scores[t][e % 2 + 2] * score_scale[1]);
+                const int position = n == 0 ? offsets[0] : offsets[1];
+                if (is_hidden(n, IS_ONE ? 0 : t, IS_ONE ? 0 : e % 2) ||
+                    (gaps && (static_cast<unsigned>(position - base) >= TILE || (IN_HALVES && n != half))))
+                    own[t][e] = MINUS_INFINITY;
             }
 
         // Weights are relative to a score that was the largest once; it is raised when that is MOST too small.
-        float weights[HEAD_TILES][4];
+        float weights[HEAD_TILES][OWN];
         const auto weigh = [&]() {
             float most = MINUS_INFINITY;
 #pragma unroll
             for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
-                for (int e = 0; e < 4; ++e) {
-                    weights[t][e] = scores[t][e] - shift[t][e % 2];
+                for (int e = 0; e < OWN; ++e) {
+                    weights[t][e] = own[t][e] - shift[t][e % 2];
                     most = fmaxf(most, weights[t][e]);
                 }
             return most;
@@ -240,9 +256,9 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
             for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
                 for (int e = 0; e < 2; ++e) {
-                    float most = fmaxf(weights[t][e], weights[t][e + 2]);
+                    float most = fmaxf(weights[t][e], weights[t][(e + 2) % OWN]);
 #pragma unroll
-                    for (int lanes = 4; lanes < 32; lanes *= 2)
+                    for (int lanes = LEAST_LANES; lanes < 32; lanes *= 2)
                         most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, lanes));
                     const float before = shift[t][e];
                     bool& nothing = nothing_seen[IS_ONE ? 0 : t][IS_ONE ? 0 : e];
@@ -265,13 +281,18 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
 #pragma unroll
         for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
-            for (int n = 0; n < 2; ++n) {
+            for (int n = 0; n < OWN / 2; ++n) {
                 const float low = power_of_two(weights[t][2 * n]), high = power_of_two(weights[t][2 * n + 1]);
                 sum[t][0] += low, sum[t][1] += high;
                 const unsigned rounded = pack(low, high, STORAGE());
                 p_frag[t][n] = transpose(rounded);
                 p_rest[t][n] = transpose(pack_rest(low, high, rounded, STORAGE()));
             }
+        // Rows 4 to 7 of what was transposed are heads 0 to 3 of the other keys; heads 4 to 7 get anything.
+        if (IN_HALVES) {
+            p_frag[0][1] = __shfl_xor_sync(0xffffffffu, p_frag[0][0], 16);
+            if (!STORED_AS_FLOAT16) p_rest[0][1] = __shfl_xor_sync(0xffffffffu, p_rest[0][0], 16);
+        }
         wait_for_values();
         __syncwarp();
         const unsigned v_address = shared_address(v_smem + place_of(lane / 16 * 8 + lane % 8, lane / 8 % 2));
@@ -288,6 +309,10 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
         }
 #ifndef FLOAT32_ANGLES
         if (!gaps) break;
+        if (IN_HALVES) {
+            half ^= 1;
+            if (half == 1) continue;
+        }
         const unsigned beyond = __ballot_sync(0xffffffffu, lane <= last && own_position - base >= TILE);
         if (!beyond) break;
         base = __shfl_sync(0xffffffffu, own_position, __ffs(beyond) - 1);

@@ -9,7 +9,7 @@
 //
 // BATCH_INVARIANT: a head is cut into pieces that follow from its own length alone, at most MOST_PIECES of them, each summed
 // up on its own. Places, widths and shares count pieces then, not tiles.
-// -D: those of call.cuh, HEAD_TILES, WARPS, WINDOW, SEVERAL (more than one new token a sequence), BATCH_INVARIANT.
+// -D: those of call.cuh, HEAD_TILES, WARPS, WINDOW, SEVERAL (more than one new token a sequence), BATCH_INVARIANT, HALVES.
 #pragma once
 #include "call.cuh"
 
@@ -22,6 +22,13 @@ constexpr int CROSSING = 32;  // tiles that others do while a block goes from on
 constexpr bool IS_ONE = false;
 #else
 constexpr bool IS_ONE = true;
+#endif
+
+// HALVES: a head has at most 4 queries, and they are rotated twice, for keys 0 to 7 of a tile and for the others (decode_tile.cuh).
+#ifdef HALVES
+constexpr bool IN_HALVES = true;
+#else
+constexpr bool IN_HALVES = false;
 #endif
 
 #ifdef BATCH_INVARIANT
