@@ -50,8 +50,9 @@ class NormStats:
 
 # Norm weights of trained models peak at about this multiple of their root mean square.
 PEAK_TO_RMS = 8
-# How far below the threshold the product of two peaks that meet has to stay. Found by simulation: docs/numerics.md.
-PEAK_TO_PAIR = 2
+# How far below the threshold the product of two peaks that meet has to stay, and how far below half of it where prefill
+# leaves out what rounding hidden states leaves over. Found by simulation: docs/numerics.md.
+PEAK_TO_PAIR, PEAK_TO_PAIR_WITHOUT_REST = 2.5, 4
 
 
 def largest_pair_product(q_norm: np.ndarray, k_norm: np.ndarray) -> float:
@@ -81,9 +82,9 @@ def multiplies_rest(config: AttentionConfig, q_norm: np.ndarray, k_norm: np.ndar
     """Return whether prefill on the normal path multiplies K's weights with what rounding hidden states leaves over.
 
     Keys that round to the other neighbour here and there cost little where scores are small: the rules are those of
-    :func:`takes_precise_path`, with half of the first two limits and a quarter of the third (docs/numerics.md).
+    :func:`takes_precise_path`, with half of the first two limits and less than a third of the third (docs/numerics.md).
     """
-    return _exceeds(config.precise_threshold / 2, 2 * PEAK_TO_PAIR, q_norm, k_norm)
+    return _exceeds(config.precise_threshold / 2, PEAK_TO_PAIR_WITHOUT_REST, q_norm, k_norm)
 
 
 def _exceeds(threshold: float, peak_to_pair: float, q_norm: np.ndarray, k_norm: np.ndarray) -> bool:

@@ -125,9 +125,9 @@ def test_precise_is_decided_by_the_largest_weight_or_pair_or_by_the_spread_of_sc
     assert not precise(4.9, precise_threshold=40.0)
     one, same, other = (np.eye(64)[i] for i in (3, 3 + CONFIG.head_dim // 2, 4))  # RoPE mixes the first two
     for peak in (one, same):
-        assert precise(0.1 + 9.9 * peak, q_norm=0.1 + 1.0 * one)  # 10 x 1.1, half of 20
-        assert precise(0.1 - 10.1 * peak, q_norm=0.1 + 1.0 * one)
-        assert not precise(0.1 + 9.9 * peak, q_norm=0.1 + 0.8 * one)
-        assert not precise(0.1 + 9.9 * peak, q_norm=0.1 + 1.0 * one, precise_threshold=23.0)
-    assert not precise(0.1 + 9.9 * one, q_norm=0.1 + 1.0 * other)
+        assert precise(0.1 + 9.9 * peak, q_norm=0.1 + 0.71 * one)  # 10 x 0.81, above 20 / 2.5 = 8
+        assert precise(0.1 - 10.1 * peak, q_norm=0.1 + 0.71 * one)
+        assert not precise(0.1 + 9.9 * peak, q_norm=0.1 + 0.69 * one)
+        assert not precise(0.1 + 9.9 * peak, q_norm=0.1 + 0.71 * one, precise_threshold=20.5)
+    assert not precise(0.1 + 9.9 * one, q_norm=0.1 + 0.71 * other)
     assert "float32" in repr(make_layer())

@@ -40,7 +40,7 @@ def small_kernels(sources, monkeypatch):
     monkeypatch.setattr(cuda, "specialisations", settings)
 
 
-MAXIMA = (96.5, 8.0, 44.5, 1.5)
+MAXIMA = (96.5, 7.0, 44.5, 1.5)
 
 
 @pytest.fixture
@@ -125,7 +125,7 @@ def test_layers_with_a_window_need_kernels_of_their_own(small_kernels):
 def test_both_paths_are_listed_where_rounding_both_weights_decides(small_kernels):
     config = make_config(head_dim=128)
     q, k = (np.full(128, 0.1, np.float32) for _ in range(2))
-    q[3], k[3] = 2.399746705773435, 4.141478897296668  # product 9.94, in bfloat16 10.001
+    q[3], k[3] = 2.399746705773435, 3.3206  # product 7.97, in bfloat16 8.008
     pairs = warmup.needed(config, [(0, q, k)], [BFLOAT16])
     assert {use for _, use in uses(pairs)} == {"all", "normal", "precise"}
 

@@ -505,7 +505,7 @@ def test_something_that_is_no_array_is_refused():
     ("rule", "q", "k", "rms"),
     [
         (takes_precise_path, 0.1, 20.0, 0.0), (multiplies_rest, 0.1, 10.0, 0.0),
-        (takes_precise_path, 2.5, 4.0, 0.0), (multiplies_rest, 2.5, 1.0, 0.0),
+        (takes_precise_path, 2.5, 3.2, 0.0), (multiplies_rest, 2.5, 1.0, 0.0),
         (takes_precise_path, 1.0, 2.5, 2.5), (multiplies_rest, 1.0, 1.25, 1.25),
     ],
 )  # fmt: skip
