@@ -311,8 +311,10 @@ class CudaBackend:
             "o_proj": o_proj,
             "o_rows": o_proj,
         }
-        return b"".join(tensor_map(*matrices[name], box_rows, by_quads=name.endswith("_proj"))
-                        for name, box_rows in one.boxes)  # fmt: skip
+        return b"".join(
+            tensor_map(*matrices[name], box_rows, by_quads=name.endswith("_proj"), once=name.endswith("_rows"))
+            for name, box_rows in one.boxes
+        )
 
     def _outgrown(self, plan: Plan) -> bool:
         """Whether dynamic RoPE has left the length whose angles the kernels have."""
@@ -384,6 +386,8 @@ class CudaBackend:
             k_cache=cache.k_heads.data.ptr, v_cache=cache.v_heads.data.ptr, lengths=cache.device_lengths.data.ptr,
             cached_positions=cache.device_positions.data.ptr, fault=cache.device_fault.data.ptr,
             batch=batch, seq=seq, capacity=cache.capacity, scratch_capacity=scratch, past_tiles=past_tiles,
+            heads_together=0 if decode else wgmma.heads_together(config, self._limits, batch, seq,
+                                                                 past_tiles * launch.PAST_ROWS),
             **{name: array.data.ptr for name, array in (scratch_arrays | zeroed).items()},
         )  # fmt: skip
         if plan.stages is not None:

@@ -43,7 +43,7 @@ _POINTERS = (
 )  # fmt: skip
 _INTEGERS = (
     "batch", "seq", "hidden_size", "num_q_heads", "num_kv_heads", "capacity", "scratch_capacity", "past_tiles",
-    "max_position", "window",
+    "heads_together", "max_position", "window",
 )  # fmt: skip
 _FLOATS = (
     "eps", "qkv_scale", "qkv_unscale", "folded_rescale", "o_unscale", "rest_unscale", "score_scale", "v_scale",

@@ -22,6 +22,9 @@ CLUSTER = 2  # blocks that share what they copy of W
 SPLITS, SPLIT_COLUMNS = 2, 64  # blocks that share a tile, each with a part of k; columns of the tile
 LEAST_ROWS, LEAST_QUERIES = 64, 128  # of a call, of a sequence: fewer leave most of a tile empty
 STAGES = 2  # attend_wgmma.cu
+# There: bytes of keys and values, or up to twice as many, that stay in L2 while many tiles read them, of an H200's
+# 50 MB; and tiles of those heads for every multiprocessor, at least, as in the end all wait for the longest.
+L2_SHARE, LEAST_TILES = 16 << 20, 3
 SENT = 2 * (32 // 4 + 1) * WARPGROUP * 16  # there: what two warpgroups send each other, in bytes
 TABLES = 2 * HEAD_DIM * 4 + HEAD_DIM // 2 * 16  # finish_heads.cuh: norms' weights, frequencies and steps, in bytes
 NOTES = 2 * 8 * 4 * 32 * 8 * 2  # row_notes.cuh: rows of two warps, in bytes
@@ -113,10 +116,19 @@ def attend(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, se
     splits = not (shape.precise or shape.batch_invariant) and -(-seq // BLOCK_M) * heads <= limits.num_sms
     block_m, block_n, stages = (64, 64, 2 * STAGES) if splits else (BLOCK_M, 64 if shape.precise else 128, STAGES)
     smem = (2 * shape.parts * block_m + stages * (shape.parts + 1) * block_n) * HEAD_DIM * 2 + (SENT if splits else 0)
-    grid = min(limits.num_sms, -(-seq // block_m) * heads)
-    boxes = (("q", block_m), ("k", block_n), ("v", block_n))
-    macros = macros_of(shape, WINDOW=shape.windowed and 1, SPLIT_KEYS=splits and 1)
-    return Launch("attend_wgmma", macros, grid, THREADS, smem, overlaps=True, boxes=boxes)
+    cluster = 1 if splits or config.group % CLUSTER or limits.num_sms < CLUSTER else CLUSTER  # heads of one KV head
+    grid = min(limits.num_sms // cluster, -(-seq // block_m) * heads // cluster) * cluster
+    boxes = (("q", block_m), ("k", block_n // cluster), ("v", block_n // cluster))
+    macros = macros_of(shape, CLUSTER=cluster, WINDOW=shape.windowed and 1, SPLIT_KEYS=splits and 1)
+    return Launch("attend_wgmma", macros, grid, THREADS, smem, overlaps=True, cluster=cluster, boxes=boxes)
+
+
+def heads_together(config: AttentionConfig, limits: Limits, batch: int, seq: int, past: int) -> int:
+    """Return how many KV heads ``attend_wgmma.cu`` goes through together: S queries a sequence after ``past`` keys."""
+    heads, m_tiles = batch * config.num_key_value_heads, -(-seq // BLOCK_M)
+    fit = L2_SHARE // ((past + seq) * 2 * config.head_dim * 2)
+    least = -(-LEAST_TILES * limits.num_sms // (m_tiles * config.group))
+    return -(-heads // max(heads // max(fit, least, 1), 1))
 
 
 def project_output(config: AttentionConfig, shape: Shape, limits: Limits, rows: int) -> Launch:

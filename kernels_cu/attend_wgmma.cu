@@ -3,33 +3,16 @@
 //   s = q' k'^T score_scale;   p = 2^(s - max s);   attention = p v / sum p          sums in float32, operands float16
 // With PARTS 2 the scores are q_high k_high + q_high k_low + q_low k_high: float16's range, twice its precision.
 //
-// Grid: any number of blocks, one a multiprocessor. Tiles are 128 queries of a head, longest first. A block begins with the
-// tile of its number and takes the next from a counter, when this one's last keys are copied: to take it earlier would be to
-// give it to a block that may still have much to do.
+// Grid: any number of clusters of CLUSTER blocks, a block a multiprocessor; attend_feed.cuh says which tiles each has.
 // Block 384 threads: a warpgroup that copies, two that have 64 query rows each. While the products of one step run, each has
 // the softmax of the next to do; while a tile ends, q, k and v of the next are on their way.
 // With SPLIT_KEYS, where all would wait for the few tiles with most keys, they are 64 queries. Both warpgroups have all of those, and
 // every other step each; in the end each sends the other what it has of one row in two, and stores the other row.
 // Shared memory: 2 x q [PARTS], then STAGES x (k [PARTS], v), each of two tiles of 64 columns (wgmma.cuh); with SPLIT_KEYS what
 // warpgroups send.
-// -D: those of call.cuh, HEAD_DIM 128, WINDOW (if there is one), SPLIT_KEYS (PARTS 1). Tensor-core bound.
-#include "call.cuh"
-#include "wgmma.cuh"
+// -D: those of call.cuh, HEAD_DIM 128, CLUSTER, WINDOW (if there is one), SPLIT_KEYS (PARTS 1, CLUSTER 1). Tensor-core bound.
+#include "attend_feed.cuh"
 
-static_assert(HEAD_DIM == 128, "a row of q, k and v is two tiles");
-
-#ifdef SPLIT_KEYS
-constexpr int STRIDE = 2;  // from a warpgroup's step to its next
-#else
-constexpr int STRIDE = 1;
-#endif
-constexpr int CONSUMERS = 2;
-constexpr int BLOCK_M = 64 * CONSUMERS / STRIDE;
-constexpr int BLOCK_N = PARTS == 1 && STRIDE == 1 ? 128 : 64;
-constexpr int STAGES = 2 * STRIDE;
-constexpr int Q_TILE = BLOCK_M * TILE_COLUMNS, KV_TILE = BLOCK_N * TILE_COLUMNS;  // halves
-constexpr int Q = 2 * PARTS * Q_TILE, STAGE = 2 * (PARTS + 1) * KV_TILE;
-constexpr int Q_BYTES = PARTS * 2 * Q_TILE * 2, K_BYTES = PARTS * 2 * KV_TILE * 2, V_BYTES = 2 * KV_TILE * 2;
 constexpr int SCORES = BLOCK_N / 2;  // of a thread: two rows of a quad's columns
 constexpr int WHO_HELPS = 1;         // hardware barrier
 using Row = float[32];               // of a thread: its dims of one row of attention
@@ -40,37 +23,11 @@ struct Masked {
     static constexpr bool value = Value;
 };
 
-struct Maps {
-    TensorMap q;  // [PARTS B S, Hq 128]
-    TensorMap k;  // [PARTS B Hkv scratch_capacity, 128]
-    TensorMap v;  // [B Hkv capacity or scratch_capacity, 128]
-};
-
-struct Barriers {
-    Barrier q_full[2], q_empty[2], k_full[STAGES], k_empty[STAGES], v_full[STAGES], v_empty[STAGES];
-    Barrier sent[CONSUMERS], received[CONSUMERS];  // with SPLIT_KEYS: what each warpgroup sends
-};
-
-// What the copying thread tells of a tile, along with its q.
-struct alignas(16) Tile {
-    int first_place;  // of its queries, in the cache
-    int num_keys;     // that any of its rows sees; 0: there are no more tiles
-    int first_row;    // of x
-    int q_head;
-
-    __device__ __forceinline__ int key_tiles() const { return (num_keys + BLOCK_N - 1) / BLOCK_N; }
-
-    // Steps go from the right: only the first meet the diagonal.
-    __device__ __forceinline__ int steps(const Call& call) const {
-#ifdef WINDOW  // positions grow by one a key at least, so no key further left is near enough
-        return key_tiles() - max(0, first_place - call.window + 1) / BLOCK_N;
-#else
-        return key_tiles();
+extern "C" __global__ void
+#if CLUSTER > 1
+__cluster_dims__(CLUSTER, 1, 1)
 #endif
-    }
-};
-
-extern "C" __global__ void __launch_bounds__(WARPGROUP* (1 + CONSUMERS), 1)
+__launch_bounds__(WARPGROUP* (1 + CONSUMERS), 1)
 attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps maps)
 {
     extern __shared__ __align__(1024) __half smem[];
@@ -79,91 +36,34 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
     __half* const ring = smem + 2 * Q;
 
     if (threadIdx.x == 0) {
-        for (int i = 0; i < 2; ++i) {
-            barrier_init(&barriers.q_full[i], 1);
-            barrier_init(&barriers.q_empty[i], CONSUMERS * 4);
-        }
-        for (int i = 0; i < STAGES; ++i) {
-            barrier_init(&barriers.k_full[i], 1);
-            barrier_init(&barriers.v_full[i], 1);
-            barrier_init(&barriers.k_empty[i], CONSUMERS / STRIDE * 4);
-            barrier_init(&barriers.v_empty[i], CONSUMERS / STRIDE * 4);
-        }
-        for (int i = 0; STRIDE > 1 && i < CONSUMERS; ++i) {
-            barrier_init(&barriers.sent[i], WARPGROUP);
-            barrier_init(&barriers.received[i], WARPGROUP);
-        }
-        barriers_initialised();
+        barriers.init();
         prefetch(&maps.q), prefetch(&maps.k), prefetch(&maps.v);
     }
     let_next_kernel_begin();
-    __syncthreads();
-    wait_for_previous_kernel();
+    if constexpr (CLUSTER == 1) __syncthreads();
+    else cluster_meet();
 
-    // Steps i of the ring and tiles n count on through the block.
     if (threadIdx.x < WARPGROUP) {
-        give_registers<40>();
-        if (threadIdx.x != 0) return;
-        const int m_tiles = (call.seq + BLOCK_M - 1) / BLOCK_M, heads = call.batch * call.num_q_heads;
-        const int v_rows = STORED_AS_FLOAT16 ? call.capacity : call.scratch_capacity;
-        auto take = [&]() { return static_cast<int>(gridDim.x) + atomicAdd(call.counters, 1); };
-        int t = blockIdx.x, i = 0;
-#pragma unroll 1
-        for (int n = 0;; ++n) {
-            Tile tile = {};
-            int kv_head = 0;
-#pragma unroll 1
-            for (; t < m_tiles * heads; t = take()) {
-                const int first_q = (m_tiles - 1 - t / heads) * BLOCK_M;
-                const int b = t % heads / call.num_q_heads, q_head = t % call.num_q_heads;
-                const Sequence s = sequence(call, b);
-                if (first_q >= s.count) continue;
-                tile = {s.past + first_q, s.past + min(s.count, first_q + BLOCK_M), b * call.seq + first_q, q_head};
-                kv_head = b * call.num_kv_heads + q_head / (call.num_q_heads / call.num_kv_heads);
-                break;
-            }
-            Barrier* const q_full = &barriers.q_full[n % 2];
-            barrier_wait(&barriers.q_empty[n % 2], n / 2 % 2 ^ 1);
-            tiles[n % 2] = tile;
-            if (tile.num_keys == 0) {
-                barrier_arrive(q_full);
-                // A number was taken after each tile. Whoever has the last of them leaves the counter as it was.
-                if (t == static_cast<int>(gridDim.x) + m_tiles * heads - 1) *call.counters = 0;
-                return;
-            }
-            barrier_expect(q_full, Q_BYTES);
-            for (int j = 0; j < 2 * PARTS; ++j)
-                load_tile(smem + n % 2 * Q + j * Q_TILE, &maps.q, q_full, tile.q_head * HEAD_DIM + j % 2 * TILE_COLUMNS,
-                          j / 2 * call.batch * call.seq + tile.first_row);
-            const int end = i + tile.steps(call);
-            int first = (tile.key_tiles() - 1) * BLOCK_N;
-#pragma unroll 1
-            for (; i < end; ++i, first -= BLOCK_N) {
-                const int stage = i % STAGES, parity = i / STAGES % 2 ^ 1;
-                __half* const k = ring + stage * STAGE;
-                barrier_wait(&barriers.k_empty[stage], parity);
-                barrier_expect(&barriers.k_full[stage], K_BYTES);
-                for (int j = 0; j < 2 * PARTS; ++j)
-                    load_tile(k + j * KV_TILE, &maps.k, &barriers.k_full[stage], j % 2 * TILE_COLUMNS,
-                              (j / 2 * call.batch * call.num_kv_heads + kv_head) * call.scratch_capacity + first);
-                if (i == end - 1) t = take();  // is there once v's buffer is free
-                barrier_wait(&barriers.v_empty[stage], parity);
-                barrier_expect(&barriers.v_full[stage], V_BYTES);
-                for (int j = 0; j < 2; ++j)
-                    load_tile(k + (2 * PARTS + j) * KV_TILE, &maps.v, &barriers.v_full[stage], j * TILE_COLUMNS,
-                              kv_head * v_rows + first);
-            }
-        }
+        give_registers<56>();
+        if (uniform(threadIdx.x / 32) != 0 || !elected()) return;
+        Feed feed(call, maps, barriers, tiles, smem);
+        wait_for_previous_kernel();
+        feed.run();
+        return;
     }
-    take_registers<232>();
+    wait_for_previous_kernel();
+    take_registers<224>();
 
-    const int group = threadIdx.x / WARPGROUP - 1, warp = threadIdx.x % WARPGROUP / 32;
+    const int group = uniform(threadIdx.x / WARPGROUP) - 1, warp = threadIdx.x % WARPGROUP / 32;
     const int lane = threadIdx.x % 32, quad = lane % 4;
     const int row_group = STRIDE == 1 ? group : 0;
     const int row = row_group * 64 + warp * 16 + lane / 4;  // of the tile; the other: 8 on
-    const unsigned smem_address = shared_address(smem), ring_address = shared_address(ring);
+    // Operands in the first of the buffers.
+    const unsigned long long queries = operand(shared_address(smem + row_group * 64 * TILE_COLUMNS));
+    const unsigned long long keys = operand(shared_address(ring));
+    const unsigned long long values = operand(shared_address(ring + 2 * PARTS * KV_TILE), KV_TILE * 2);
     // Of the tile at hand. Step i has keys (last - i) * BLOCK_N on.
-    unsigned q_address;
+    unsigned long long q_operand;
     int first_place, last;
 
 #ifdef WINDOW
@@ -178,13 +78,12 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
     bool shrinks = false;
 
     auto start_scores = [&](int i) {
-        const unsigned k_address = ring_address + i % STAGES * STAGE * 2;
-        barrier_wait(&barriers.k_full[i % STAGES], i / STAGES % 2);
+        barrier_wait(&barriers.k_full[stage_of(i)], parity_of(i));
         products_begin();
 #pragma unroll
         for (int pair = 0; pair < (PARTS == 1 ? 1 : 3); ++pair) {
-            const unsigned long long q = operand(q_address + pair / 2 * 2 * Q_TILE * 2);
-            const unsigned long long k = operand(k_address + pair % 2 * 2 * KV_TILE * 2);
+            const unsigned long long q = q_operand + pair / 2 * 2 * Q_TILE * 2 / 16;
+            const unsigned long long k = keys + (stage_of(i) * STAGE + pair % 2 * 2 * KV_TILE) * 2 / 16;
 #pragma unroll
             for (int c = 0; c < HEAD_DIM / 16; ++c)
                 multiply(scores, q + (c / 4 * Q_TILE * 2 + c % 4 * 32) / 16, k + (c / 4 * KV_TILE * 2 + c % 4 * 32) / 16,
@@ -250,16 +149,24 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
 #pragma unroll
             for (int j = 0; j < 64; ++j) out[j] *= shrink[j % 4 / 2];
         }
-        const unsigned v_address = ring_address + (i % STAGES * STAGE + 2 * PARTS * KV_TILE) * 2;
-        barrier_wait(&barriers.v_full[i % STAGES], i / STAGES % 2);
+        barrier_wait(&barriers.v_full[stage_of(i)], parity_of(i));
         products_begin();
-        const unsigned long long v = operand(v_address, KV_TILE * 2);
+        const unsigned long long v = values + stage_of(i) * STAGE * 2 / 16;
 #pragma unroll
         for (int t = 0; t < BLOCK_N / 16; ++t) multiply_transposed(out, weights[t], v + t * 16 * TILE_COLUMNS * 2 / 16);
         products_commit();
     };
+    // At all blocks that copy here.
+    const unsigned there = CLUSTER == 1 ? 0 : address_in(lane < CLUSTER ? lane : 0, &barriers);
     auto release = [&](Barrier* barrier) {
-        if (lane == 0) barrier_arrive(barrier);
+        if (lane >= CLUSTER) return;
+        if constexpr (CLUSTER == 1) barrier_arrive(barrier);
+        else barrier_arrive_at(there + static_cast<unsigned>(reinterpret_cast<char*>(barrier) - reinterpret_cast<char*>(&barriers)));
+    };
+    // What step i - STAGES took of v, once its products are done, if it is of this tile. What the last steps took goes at its end.
+    int first_step = 0;
+    auto release_before = [&](int i) {
+        if (i >= first_step + STAGES) release(&barriers.v_empty[stage_of(i)]);
     };
 
     // A step's products begin while those of the step before run. The wait for them stands at the top of the next
@@ -267,17 +174,16 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
     auto round = [&](int i, auto masked) {
         products_wait<0>();
         settled(out);
-        if (i >= STAGES) release(&barriers.v_empty[i % STAGES]);
+        release_before(i);
         round_weights();
         start_scores(i);
         start_sums(i - STRIDE);
         products_wait<1>();
         settled(scores);
-        release(&barriers.k_empty[i % STAGES]);
+        release(&barriers.k_empty[stage_of(i)]);
         softmax(i, masked);
     };
-    // That may be the last step of the tile before. A tile's first step is no round, but its end releases as one does.
-    static_assert(STAGES == 2 * STRIDE, "round i releases what step i - STAGES took");
+    static_assert(STAGES == 2 * STRIDE, "round i finds the products of step i - STAGES done");
 
     int i = STRIDE == 1 ? 0 : group;  // this warpgroup's next step
     int begin = 0, end;               // of all
@@ -294,7 +200,7 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         const int diagonal = min(end, begin + key_tiles - (tile.first_place + 1) / BLOCK_N);
         last = begin + key_tiles - 1;
         first_place = tile.first_place + row;
-        q_address = smem_address + (n % 2 * Q + row_group * 64 * TILE_COLUMNS) * 2;
+        q_operand = queries + n % 2 * Q * 2 / 16;
 #ifdef WINDOW
         num_keys = tile.num_keys;
         key_positions = positions_of(call, tile.first_row / call.seq);
@@ -308,18 +214,19 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         for (int j = 0; j < 64; ++j) out[j] = 0.0f;
 
         if (STRIDE == 1 || i < end) {
+            first_step = i;
             start_scores(i);
             products_wait<0>();
             settled(scores);
-            release(&barriers.k_empty[i % STAGES]);
+            release(&barriers.k_empty[stage_of(i)]);
             softmax(i, Masked<true>());
 
             // What lies past the last key may be NaN, which a weight of zero does not help against.
             const int valid = tile.num_keys - (key_tiles - 1) * BLOCK_N;
             if (valid < BLOCK_N && (STRIDE == 1 || i == begin)) {
                 constexpr int HELPERS = CONSUMERS / STRIDE * WARPGROUP;
-                __half* const v = ring + i % STAGES * STAGE + 2 * PARTS * KV_TILE;
-                barrier_wait(&barriers.v_full[i % STAGES], i / STAGES % 2);
+                __half* const v = ring + stage_of(i) * STAGE + 2 * PARTS * KV_TILE;
+                barrier_wait(&barriers.v_full[stage_of(i)], parity_of(i));
                 for (int j = threadIdx.x % WARPGROUP + row_group * WARPGROUP; j < (BLOCK_N - valid) * 16; j += HELPERS)
                     reinterpret_cast<uint4*>(v + j % 2 * KV_TILE)[(valid + j / 16) * 8 + j / 2 % 8] = make_uint4(0, 0, 0, 0);
                 shared_to_async();
@@ -341,11 +248,12 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
             release(&barriers.q_empty[n % 2]);
             products_wait<0>();
             settled(out);
-            if (i >= STAGES) release(&barriers.v_empty[i % STAGES]);
+            release_before(i);
             round_weights();
             start_sums(i - STRIDE);
             products_wait<0>();
             settled(out);
+            release(&barriers.v_empty[stage_of(i - STRIDE)]);
         } else {
             release(&barriers.q_empty[n % 2]);
         }

@@ -72,6 +72,7 @@ struct Call {
     int capacity;
     int scratch_capacity;
     int past_tiles;    // PAST_ROWS-row tiles of the longest cached sequence
+    int heads_together;  // KV heads that attend_wgmma goes through before it comes to others
     int max_position;  // positions are below this
     int window;        // largest difference of positions a query sees, plus one
     float eps;         // rms_norm_eps, in units of x^2
@@ -105,6 +106,12 @@ __device__ __forceinline__ void let_next_kernel_begin() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.launch_dependents;");
 #endif
+}
+
+// A value the compiler takes to be unknown until here, so that it is not worked out later.
+__device__ __forceinline__ int work_out_here(int value) {
+    asm volatile("" : "+r"(value));
+    return value;
 }
 
 // Add one and return what was there before. What the block wrote ahead of a barrier, others see who count later.

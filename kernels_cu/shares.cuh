@@ -47,12 +47,6 @@ __device__ __forceinline__ int small_quotient(int dividend, int divisor) {
     return static_cast<int>(__fdividef(dividend + 0.5f, divisor));
 }
 
-// A value the compiler takes to be unknown until here, so that it is not worked out later.
-__device__ __forceinline__ int work_out_here(int value) {
-    asm volatile("" : "+r"(value));
-    return value;
-}
-
 // Tiles of a piece of a head with so many, and how many pieces that makes.
 __device__ __forceinline__ int piece_size(int tiles) { return max(LEAST_PIECE, (tiles + MOST_PIECES - 1) / MOST_PIECES); }
 

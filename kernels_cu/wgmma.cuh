@@ -82,7 +82,17 @@ __device__ __forceinline__ void barrier_arrive_at(unsigned address) {
     asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(address) : "memory");
 }
 
-// As load_quads, to the same place in every block of `mask`, and each one's barrier counts the bytes.
+// As load_tile, to the same place in every block of `mask`, and each one's barrier counts the bytes.
+__device__ __forceinline__ void load_tile_to(unsigned short mask, void* tile, const TensorMap* map, Barrier* barrier, int column,
+                                             int row) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, {%3, %4}], "
+        "[%2], %5;" ::"r"(shared_address(tile)),
+        "l"(map), "r"(shared_address(barrier)), "r"(column), "r"(row), "h"(mask)
+        : "memory");
+}
+
+// The same with the rows of load_quads.
 __device__ __forceinline__ void load_quads_to(unsigned short mask, void* tile, const TensorMap* map, Barrier* barrier, int column,
                                               int row) {
     asm volatile(

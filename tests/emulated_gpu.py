@@ -95,6 +95,12 @@ INSTRUCTIONS = (
         "ptx_quads_copy_to_blocks",
         "",
     ),
+    (
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%3, %4}], [%2], %5;",
+        "ptx_tensor_copy_to_blocks",
+        "",
+    ),
     ("mov.u32 %0, %%cluster_ctarank;", "ptx_cluster_rank", ""),
     ("barrier.cluster.arrive.release.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
     ("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.acquire.aligned;", "ptx_cluster_sync", ""),
@@ -405,7 +411,9 @@ class DeviceArray(np.ndarray):
         return types.SimpleNamespace(ptr=self.ctypes.data)
 
 
-def fake_tensor_map(address: int, columns: int, rows: int, box_rows: int, *, by_quads: bool = False) -> bytes:
+def fake_tensor_map(
+    address: int, columns: int, rows: int, box_rows: int, *, by_quads: bool = False, once: bool = False
+) -> bytes:
     """Stand for :func:`cupy_attn.tensor_maps.tensor_map`."""
     return encode_tensor_map(address, columns, rows, 2 * columns, 64, box_rows, by_quads).tobytes()
 

@@ -49,7 +49,10 @@ def launched(cluster, num_sms, macros, monkeypatch):
         for one in launches:
             names.append(one.name)
             macros[one.name] = found = dict(one.macros)
-            assert "SPLITS" in found or found.get("CLUSTER", str(cluster)) == str(cluster)
+            alone = "SPLITS" in found or "SPLIT_KEYS" in found
+            if one.name == "attend_wgmma" and (self._config.group % cluster or num_sms < cluster):
+                alone = True
+            assert found.get("CLUSTER", str(cluster)) == ("1" if alone else str(cluster))
         return launches
 
     monkeypatch.setattr(cuda.CudaBackend, "_plan_launches", planned)
@@ -91,6 +94,7 @@ def test_keys_are_rounded_once(launched, dtype, k_norm_max, hidden_size):
     assert off < bar / 8
 
 
+@pytest.mark.parametrize("cluster", [1, 2])
 @pytest.mark.parametrize("window", [40, 130, 1000])
 @pytest.mark.parametrize("k_norm_max", [TAME, WILD], ids=["normal", "precise"])
 def test_a_window(launched, k_norm_max, window):
@@ -101,11 +105,11 @@ def test_a_window(launched, k_norm_max, window):
     assert launched[-2] == "attend_wgmma"
 
 
-@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(("cluster", "heads"), [(1, 3), (2, 3), (2, 4), (4, 4)])
 @pytest.mark.parametrize("k_norm_max", [TAME, MIDDLING, WILD], ids=["small", "normal", "precise"])
 @pytest.mark.parametrize("dtype", HALVES)
-def test_unequal_prompts_after_unequal_pasts(launched, dtype, k_norm_max):
-    layer = make_layer(config_of(3, 1, 128, 192, attention_bias=True), dtype, k_norm_max)
+def test_unequal_prompts_after_unequal_pasts(launched, dtype, k_norm_max, heads):
+    layer = make_layer(config_of(heads, 1, 128, 192, attention_bias=True), dtype, k_norm_max)
     call(layer, filled_cache(layer, [130, 0, 65, 7], 290), 150, [150, 1, 64, 0])
     assert launched[-2] == "attend_wgmma"
 
@@ -188,7 +192,7 @@ def check_workspace():
     space.poison()
 
 
-@pytest.mark.parametrize("num_sms", [1, 4])
+@pytest.mark.parametrize(("num_sms", "cluster"), [(1, 1), (4, 1), (1, 2), (2, 2), (5, 2)])
 @pytest.mark.parametrize("k_norm_max", [TAME, WILD], ids=["normal", "precise"])
 @pytest.mark.parametrize("window", [None, 100])
 def test_blocks_that_attend_to_many_tiles(launched, monkeypatch, window, k_norm_max):
@@ -201,6 +205,20 @@ def test_blocks_that_attend_to_many_tiles(launched, monkeypatch, window, k_norm_
         call(layer, cache, seq, counts, seed=seed)
         check_workspace()
     assert launched.count("attend_wgmma") == 3
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize(("fit", "kv_heads", "together"), [(1, 3, 1), (2, 3, 2), (3, 5, 4)])
+def test_heads_a_few_at_a_time(launched, monkeypatch, fit, kv_heads, together):
+    """As where not all of their keys fit L2: every tile once, whichever heads go together; the last may be fewer."""
+    layer = make_layer(config_of(2 * kv_heads, kv_heads, 128, 64), "bfloat16", TAME)
+    monkeypatch.setattr(wgmma, "LEAST_TILES", 0)
+    monkeypatch.setattr(wgmma, "L2_SHARE", fit * 500 * 512)
+    found, find = [], wgmma.heads_together
+    monkeypatch.setattr(wgmma, "heads_together", lambda *a: found.append(find(*a)) or found[-1])
+    call(layer, filled_cache(layer, [0, 70], 600), 300, [300, 131])
+    assert found == [together]
+    check_workspace()
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,21 @@ def test_who_shares_tiles(name, seq, keys, k):
 
 
 @pytest.mark.parametrize(
+    ("name", "batch", "seq", "past", "together"),
+    [("0.6B", 1, 2048, 0, 8), ("0.6B", 1, 8192, 0, 4), ("0.6B", 1, 16384, 0, 2), ("0.6B", 1, 32768, 0, 1),
+     ("0.6B", 1, 4096, 28672, 8), ("8B", 1, 4096, 28672, 4), ("8B", 1, 8192, 0, 4), ("0.6B", 8, 2048, 0, 16),
+     ("0.6B", 1, 128, 1 << 20, 8)],
+)  # fmt: skip
+def test_heads_whose_keys_stay_in_l2_go_together(name, batch, seq, past, together):
+    """But no fewer than have tiles for all multiprocessors, of which the longest is waited for in the end."""
+    config, limits = CONFIGS[name], cuda.H200
+    found = wgmma.heads_together(config, limits, batch, seq, past)
+    assert found == together
+    tiles = -(-seq // wgmma.BLOCK_M) * config.group * found
+    assert found == batch * config.num_key_value_heads or tiles >= wgmma.LEAST_TILES * limits.num_sms
+
+
+@pytest.mark.parametrize(
     ("changes", "says"),
     [({"head_dim": 24}, "head_dim is 24, not a multiple of 16"), ({"head_dim": 272}, "head_dim is 272"),
      ({"hidden_size": 100}, "hidden_size is 100, not a multiple of 8")],

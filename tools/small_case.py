@@ -93,6 +93,7 @@ def small_runs() -> list[Small]:
         *(Small(*kind, batch=12, calls=(70, 1), num_sms=2) for kind in both),  # decode of many
         *(Small(*kind, batch=12, calls=(20, 1), heads=(16, 1)) for kind in both),
         *(Small(*kind, batch=2, calls=(130, 130, 1), num_sms=2) for kind in both),  # from tile to tile, after a past
+        *(Small(*kind, calls=(130, 70), heads=(3, 1), num_sms=2) for kind in both),  # no two heads that share keys
         *(Small(*kind, batch=12, calls=(70, 1), num_sms=2, portable=True) for kind in both),
         *(Small(dtype, False, calls=(130, 1), num_sms=num_sms) for dtype in DTYPES for num_sms in (8, 24)),
         # Tiles that two share: blocks of a product; warpgroups of attention, from tile to tile.

@@ -929,15 +929,20 @@ inline void ptx_quads_copy(unsigned to, const void* map, unsigned barrier, int c
     ptx_tensor_copy(to, map, barrier, column, 32 * rows_32, true);
 }
 
-// The same to the same place in every block of the mask; another's barrier is looked for once the copy lands.
-inline void ptx_quads_copy_to_blocks(unsigned to, const void* map, unsigned barrier, int column, int rows_32,
-                                     unsigned mask, int zero) {
+// Either to the same place in every block of the mask; another's barrier is looked for once the copy lands.
+inline void ptx_tensor_copy_to_blocks(unsigned to, const void* map, unsigned barrier, int column, int row, unsigned mask,
+                                      bool by_quads = false) {
     using namespace emulator;
-    if (zero) fail("a copy that begins within 32 rows");
     if (reinterpret_cast<uintptr_t>(map) % 64) fail("a misaligned tensor map");
     if (!mask || mask >> num_blocks) fail("a copy to blocks that are not of the cluster");
     for (int rank = 0; rank < num_blocks; ++rank)
-        if (mask >> rank & 1) tensor_copy_to(rank, to, map, barrier, column, 32 * rows_32, true);
+        if (mask >> rank & 1) tensor_copy_to(rank, to, map, barrier, column, row, by_quads);
+}
+
+inline void ptx_quads_copy_to_blocks(unsigned to, const void* map, unsigned barrier, int column, int rows_32, unsigned mask,
+                                     int zero) {
+    if (zero) emulator::fail("a copy that begins within 32 rows");
+    ptx_tensor_copy_to_blocks(to, map, barrier, column, 32 * rows_32, mask, true);
 }
 
 // Clusters: warps come to their barrier whole, and all of all blocks.
