@@ -46,8 +46,8 @@ _INTEGERS = (
     "heads_together", "max_position", "window",
 )  # fmt: skip
 _FLOATS = (
-    "eps", "qkv_scale", "qkv_unscale", "folded_rescale", "o_unscale", "rest_unscale", "score_scale", "v_scale",
-    "hidden_unscale", "q_norm_unscale", "q_rope_unscale", "k_norm_unscale", "k_rope_unscale",
+    "eps", "qkv_scale", "qkv_unscale", "folded_rescale", "o_unscale", "rest_unscale", "score_scale", "largest_score",
+    "v_scale", "hidden_unscale", "q_norm_unscale", "q_rope_unscale", "k_norm_unscale", "k_rope_unscale",
 )  # fmt: skip
 CALL = np.dtype(
     [(name, np.uint64) for name in _POINTERS]

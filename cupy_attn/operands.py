@@ -11,7 +11,7 @@ import numpy as np
 from . import launch
 from .config import AttentionConfig
 from .rope import inverse_frequencies
-from .weights import AttentionWeights
+from .weights import AttentionWeights, largest_pair_product
 
 # Powers of two bring the largest value an operand can have just below 2^OPERAND_BITS, half of float16's range. The
 # values of v keep more room: a cache can hold some that these weights did not make.
@@ -20,6 +20,7 @@ OPERAND_BITS, VALUE_BITS = 15, 11
 REST_BITS, E4M3_SCALE = 8, 32.0
 STEP = 8  # positions from one row of a thread of finish_heads.cuh to the other
 TURN_SCALE = 1 / 8  # decode_tile.cuh: room for keys that are not normalised yet
+ROUNDING = 1.01  # of q' and k': how much larger scores may be for it
 
 
 def power_of_two(largest: float, bits: int) -> float:
@@ -86,6 +87,9 @@ class Operands:
             scale = power_of_two(bound, OPERAND_BITS)
             norms[name] = wide[name] * np.float32(factor * scale), scale
         (q_norm, q_scale), (k_norm, k_scale) = norms["q_norm"], norms["k_norm"]
+        score_scale = math.log2(math.e) / math.sqrt(config.head_dim)
+        largest_pair = factor**2 * largest_pair_product(wide["q_norm"], wide["k_norm"])
+        largest_score = ROUNDING * score_scale * config.head_dim * largest_pair
         self.q_norm, self.k_norm = cupy.asarray(q_norm), cupy.asarray(k_norm)
         self.k_turns = None if angles == "float32" else cupy.asarray(key_turns(config, k_norm * np.float32(TURN_SCALE)))
         self.qkv_bias = None if "qkv_bias" not in wide else cupy.asarray(wide["qkv_bias"])
@@ -96,7 +100,8 @@ class Operands:
             "qkv_scale": hidden_scale * qkv_scale, "qkv_unscale": 1 / (hidden_scale * qkv_scale),
             "folded_rescale": hidden_scale * qkv_scale / folded_scale,
             "o_unscale": 1 / (o_scale * self.v_scale), "rest_unscale": qkv_scale / (rest_scale * E4M3_SCALE),
-            "score_scale": math.log2(math.e) / math.sqrt(config.head_dim) / q_scale / k_scale, "v_scale": self.v_scale,
+            "score_scale": score_scale / q_scale / k_scale, "largest_score": largest_score,
+            "v_scale": self.v_scale,
             "hidden_unscale": 1 / hidden_scale, "q_norm_unscale": 1 / (factor * q_scale), "q_rope_unscale": 1 / q_scale,
             "k_norm_unscale": 1 / (factor * k_scale), "k_rope_unscale": 1 / k_scale,
         }  # fmt: skip

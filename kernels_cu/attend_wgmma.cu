@@ -3,6 +3,10 @@
 //   s = q' k'^T score_scale;   p = 2^(s - max s);   attention = p v / sum p          sums in float32, operands float16
 // With PARTS 2 the scores are q_high k_high + q_high k_low + q_low k_high: float16's range, twice its precision.
 //
+// Weights are relative to a score that was its row's largest once, and must not grow too large for float16. So a step looks for a
+// larger score first. Where norm weights are so small that no weight is more than float32 holds (call.largest_score), steps without
+// masks do not (OPTIMISTIC): the sum of their weights, which is needed anyway, tells afterwards.
+//
 // Grid: any number of clusters of CLUSTER blocks, a block a multiprocessor; attend_feed.cuh says which tiles each has.
 // Block 384 threads: a warpgroup that copies, two that have 64 query rows each. While the products of one step run, each has
 // the softmax of the next to do; while a tile ends, q, k and v of the next are on their way.
@@ -14,13 +18,18 @@
 #include "attend_feed.cuh"
 
 constexpr int SCORES = BLOCK_N / 2;  // of a thread: two rows of a quad's columns
+constexpr bool OPTIMISTIC = PARTS == 1 && STRIDE == 1;  // with SPLIT_KEYS a warpgroup's rows may not have seen a key by then
+constexpr float FINITE = 122.0f;     // base-2 logarithm: 32 weights that are less add up to a float32
+constexpr float MOST_OF_SUM = 1 << 15;  // of a thread's weights of a step: then each of them is a float16
+constexpr int BITS_OF_SUM = 5;       // what larger sums are lowered to
 constexpr int WHO_HELPS = 1;         // hardware barrier
 using Row = float[32];               // of a thread: its dims of one row of attention
-constexpr int SENT = 32 / 4 + 1;     // float4 of a thread: those, the row's maximum and the sum of its weights
+constexpr int SENT = 32 / 4 + 1;     // float4 of a thread: those, the row's `top` and the sum of its weights
 
-template <bool Value>
-struct Masked {
-    static constexpr bool value = Value;
+// A step: whether some keys are hidden from some rows, and whether it looks for a larger score first.
+template <bool Masked, bool LooksFirst>
+struct Step {
+    static constexpr bool MASKED = Masked, LOOKS_FIRST = LooksFirst;
 };
 
 extern "C" __global__ void
@@ -73,8 +82,13 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
     auto leaves_window = [&](int i) {
         return last_position - __ldcg(key_positions + (last - i) * BLOCK_N) >= call.window;
     };
+#else
+    auto leaves_window = [](int) { return false; };
 #endif
-    float scores[SCORES], out[64], row_max[2], row_sum[2], shift[2], shrink[2];
+    const bool stays_finite = 2.0f * call.largest_score <= FINITE;
+    // Of a row: the score its weights are relative to, as a base-2 logarithm, or minus infinity before it has seen a key; their sum;
+    // what is subtracted from scores.
+    float scores[SCORES], out[64], top[2], row_sum[2], shift[2], shrink[2];
     bool shrinks = false;
 
     auto start_scores = [&](int i) {
@@ -91,10 +105,11 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         }
         products_commit();
     };
-    // From scores to weights, relative to a maximum that is raised when a weight would be above 2^MOST; and by how much what
-    // was added up before counts less then.
-    auto softmax = [&](int i, auto masked) {
-        if (decltype(masked)::value) {
+    // From scores to weights, relative to a score that is raised when a weight would be above 2^MOST or a sum above MOST_OF_SUM; and by
+    // how much what was added up before counts less then.
+    auto softmax = [&](int i, auto step) {
+        constexpr bool LOOKS_FIRST = decltype(step)::LOOKS_FIRST;
+        if (decltype(step)::MASKED) {
             const int first_key = (last - i) * BLOCK_N + 2 * quad;
 #pragma unroll
             for (int j = 0; j < SCORES; ++j) {
@@ -106,36 +121,55 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
                 if (hidden) scores[j] = MINUS_INFINITY;
             }
         }
-        float largest[2] = {MINUS_INFINITY, MINUS_INFINITY};
+        if (LOOKS_FIRST) {
+            float largest[2] = {MINUS_INFINITY, MINUS_INFINITY};
 #pragma unroll
-        for (int j = 0; j < SCORES; j += 2)
-            largest[j / 2 % 2] = fmaxf(largest[j / 2 % 2], fmaxf(scores[j], scores[j + 1]));
-        // A row that has seen no key and sees none now, NaN, is not above.
-        auto is_above = [&](int half) { return (largest[half] - row_max[half]) * call.score_scale > MOST; };
-        shrinks = __any_sync(0xffffffffu, is_above(0) || is_above(1));
-        if (shrinks) {
+            for (int j = 0; j < SCORES; j += 2)
+                largest[j / 2 % 2] = fmaxf(largest[j / 2 % 2], fmaxf(scores[j], scores[j + 1]));
+            // A row that has seen no key and sees none now, NaN, is not above.
+            auto is_above = [&](int half) { return largest[half] * call.score_scale - top[half] > MOST; };
+            shrinks = __any_sync(0xffffffffu, is_above(0) || is_above(1));
+            if (shrinks) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-                largest[half] = quad_max(largest[half]);
-                shrink[half] = 1.0f;
-                if (!is_above(half)) continue;  // whatever other rows do, which may be of another sequence
-                shift[half] = largest[half] * call.score_scale;
-                shrink[half] = power_of_two(row_max[half] * call.score_scale - shift[half]);
-                row_sum[half] *= shrink[half];
-                row_max[half] = largest[half];
+                for (int half = 0; half < 2; ++half) {
+                    largest[half] = quad_max(largest[half]);
+                    shrink[half] = 1.0f;
+                    if (!is_above(half)) continue;  // whatever other rows do, which may be of another sequence
+                    shift[half] = largest[half] * call.score_scale;
+                    shrink[half] = power_of_two(top[half] - shift[half]);
+                    row_sum[half] *= shrink[half];
+                    top[half] = shift[half];
+                }
             }
         }
+        float sums[2] = {0.0f, 0.0f};
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-            float sum = 0.0f;
 #pragma unroll
             for (int j = 2 * half; j < SCORES; j += 4) {
                 scores[j] = power_of_two(fmaf(scores[j], call.score_scale, -shift[half]));
                 scores[j + 1] = power_of_two(fmaf(scores[j + 1], call.score_scale, -shift[half]));
-                sum += scores[j] + scores[j + 1];
+                sums[half] += scores[j] + scores[j + 1];
             }
-            row_sum[half] += sum;
         }
+        if (!LOOKS_FIRST) {
+            shrinks = __any_sync(0xffffffffu, sums[0] > MOST_OF_SUM || sums[1] > MOST_OF_SUM);
+            if (shrinks) {
+#pragma unroll
+                for (int half = 0; half < 2; ++half) {
+                    const float most = quad_max(sums[half]);
+                    shrink[half] = 1.0f;
+                    if (!(most > MOST_OF_SUM)) continue;
+                    const int bits = (__float_as_uint(most) >> 23) - 127 - BITS_OF_SUM;
+                    shrink[half] = __int_as_float(127 - bits << 23);
+                    top[half] += bits, shift[half] += bits;
+                    sums[half] *= shrink[half], row_sum[half] *= shrink[half];
+#pragma unroll
+                    for (int j = 2 * half; j < SCORES; j += 4) scores[j] *= shrink[half], scores[j + 1] *= shrink[half];
+                }
+            }
+        }
+        row_sum[0] += sums[0], row_sum[1] += sums[1];
     };
     unsigned weights[SCORES / 8][4];
     auto round_weights = [&]() {
@@ -171,7 +205,7 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
 
     // A step's products begin while those of the step before run. The wait for them stands at the top of the next
     // round: ptxas moves it up to any place it finds, and only the jump back stops it.
-    auto round = [&](int i, auto masked) {
+    auto round = [&](int i, auto step) {
         products_wait<0>();
         settled(out);
         release_before(i);
@@ -181,7 +215,7 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         products_wait<1>();
         settled(scores);
         release(&barriers.k_empty[stage_of(i)]);
-        softmax(i, masked);
+        softmax(i, step);
     };
     static_assert(STAGES == 2 * STRIDE, "round i finds the products of step i - STAGES done");
 
@@ -196,8 +230,8 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         if (tile.num_keys == 0) return;
         const int key_tiles = tile.key_tiles();
         end = begin + tile.steps(call);
-        // Of steps with a key that some row precedes.
-        const int diagonal = min(end, begin + key_tiles - (tile.first_place + 1) / BLOCK_N);
+        // Of steps with a key that some row precedes. Once they are done, each row has seen itself.
+        const int diagonal = min(end, begin + key_tiles - tile.first_place / BLOCK_N);
         last = begin + key_tiles - 1;
         first_place = tile.first_place + row;
         q_operand = queries + n % 2 * Q * 2 / 16;
@@ -208,7 +242,7 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         positions[1] = __ldcg(key_positions + min(first_place + 8, num_keys - 1));
         last_position = __ldcg(key_positions + num_keys - 1);
 #endif
-        row_max[0] = row_max[1] = MINUS_INFINITY;
+        top[0] = top[1] = MINUS_INFINITY;
         row_sum[0] = row_sum[1] = shift[0] = shift[1] = 0.0f;
 #pragma unroll
         for (int j = 0; j < 64; ++j) out[j] = 0.0f;
@@ -219,7 +253,7 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
             products_wait<0>();
             settled(scores);
             release(&barriers.k_empty[stage_of(i)]);
-            softmax(i, Masked<true>());
+            softmax(i, Step<true, true>());
 
             // What lies past the last key may be NaN, which a weight of zero does not help against.
             const int valid = tile.num_keys - (key_tiles - 1) * BLOCK_N;
@@ -235,15 +269,16 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
 
             i += STRIDE;
 #pragma unroll 1
-            for (; i < diagonal; i += STRIDE) round(i, Masked<true>());
+            for (; i < diagonal; i += STRIDE) round(i, Step<true, true>());
+            auto rounds = [&](auto step) {
+#pragma unroll 1
+                for (; i < end && !leaves_window(i); i += STRIDE) round(i, step);
+            };
+            if (OPTIMISTIC && stays_finite) rounds(Step<false, !OPTIMISTIC>());
+            else rounds(Step<false, true>());
 #ifdef WINDOW
 #pragma unroll 1
-            for (; i < end && !leaves_window(i); i += STRIDE) round(i, Masked<false>());
-#pragma unroll 1
-            for (; i < end; i += STRIDE) round(i, Masked<true>());
-#else
-#pragma unroll 1
-            for (; i < end; i += STRIDE) round(i, Masked<false>());
+            for (; i < end; i += STRIDE) round(i, Step<true, true>());
 #endif
             release(&barriers.q_empty[n % 2]);
             products_wait<0>();
@@ -291,14 +326,13 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
         for (int j = 0; j < 32; j += 4)
             to[j / 4 * WARPGROUP] = make_float4(sent[j], sent[j + 1], sent[j + 2], sent[j + 3]);
         to[(SENT - 1) * WARPGROUP] =
-            make_float4(group ? row_max[0] : row_max[1], group ? totals[0] : totals[1], 0.0f, 0.0f);
+            make_float4(group ? top[0] : top[1], group ? totals[0] : totals[1], 0.0f, 0.0f);
         barrier_arrive(&barriers.sent[group]);
         barrier_wait(&barriers.sent[1 - group], n % 2);
         const float4 other = from[(SENT - 1) * WARPGROUP];
         // One of the two may have seen no key, but not both: a row sees its own.
-        const float own_max = group ? row_max[1] : row_max[0], largest = fmaxf(own_max, other.x);
-        const float own_share = power_of_two((own_max - largest) * call.score_scale);
-        const float share = power_of_two((other.x - largest) * call.score_scale);
+        const float own = group ? top[1] : top[0], largest = fmaxf(own, other.x);
+        const float own_share = power_of_two(own - largest), share = power_of_two(other.x - largest);
 #pragma unroll
         for (int j = 0; j < 32; j += 4) {
             const float4 more = from[j / 4 * WARPGROUP];

@@ -67,9 +67,10 @@ def held(cache, b: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return k, v, cache.positions[b : b + 1, :count]
 
 
-def call(layer, cache, seq: int, counts=None, *, seed=1) -> np.ndarray:
+def call(layer, cache, seq: int, counts=None, *, seed=1, x=None) -> np.ndarray:
     """Call the layer and hold every sequence to the bar, the cache to what it must have become; return y."""
-    x = make_hidden(layer.config, cache.batch, seq, seed=seed, dtype=layer.dtype)
+    if x is None:
+        x = make_hidden(layer.config, cache.batch, seq, seed=seed, dtype=layer.dtype)
     before = [held(cache, b) for b in range(cache.batch)]
     y = layer(x, cache, num_tokens=counts)
     for b, count in enumerate(counts or [seq] * cache.batch):

@@ -8,6 +8,7 @@ import emulated_gpu
 import numpy as np
 import pytest
 from conftest import make_hidden
+from layer_helpers import far_scores
 from test_emulated import BARS, HALVES, TAME, WILD, WINDOW, call, config_of, filled_cache, held, make_layer
 
 import cupy_attn as ca
@@ -92,6 +93,30 @@ def test_keys_are_rounded_once(launched, dtype, k_norm_max, hidden_size):
     off, bar = (np.mean(k.astype(np.float64) != stages["k"]) for k in (held(cache, 0)[0], rounded_twice))
     print(f"\n{dtype}: {off:.2%} of keys differ from those rounded once, {bar:.2%} without such products")
     assert off < bar / 8
+
+
+@pytest.mark.parametrize("cluster", [1, 2])
+@pytest.mark.parametrize("num_sms", [5, 40], ids=["wide tiles", "shared tiles"])
+@pytest.mark.parametrize(("pair_product", "is_finite"), [(3.6, True), (3.8, False), (6.0, False)])
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_scores_as_far_apart_as_norm_weights_let_them(
+    launched, macros, num_sms, dtype, backwards, pair_product, is_finite
+):
+    """Weights relative to the first scores of a row would be infinite, too large for float16, or nothing in it.
+
+    From the first row of the second chunk all keys of its first step are hidden, and no key of the next step is.
+    """
+    config = config_of(2, 1, 128, 128)
+    weights, x = far_scores(config, dtype, pair_product, 400)
+    layer = ca.Attention(config, weights, dtype, "cuda")
+    assert not layer.precise
+    assert (layer._backend._ready.scalars["largest_score"] <= 61) == is_finite
+    x = x[:, ::-1] if backwards else x
+    cache = filled_cache(layer, [0], 400)
+    for chunk in (x[:, :127], x[:, 127:]):
+        call(layer, cache, chunk.shape[1], x=np.ascontiguousarray(chunk))
+    assert ("SPLIT_KEYS" in macros["attend_wgmma"]) == (num_sms == 40)
 
 
 @pytest.mark.parametrize("cluster", [1, 2])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from conftest import make_config, make_hidden, make_weights
 from gpu_helpers import HALVES, build_ahead, check, exact, held, kernels_of, make_layer
+from layer_helpers import far_scores, in_chunks
 
 import cupy_attn as ca
 from cupy_attn import cuda, reference
@@ -199,6 +200,19 @@ def test_the_hardest_weights_that_the_normal_path_is_left(dtype, spread):
     for seed in range(4):
         hold(layer, make_hidden(layer.config, 1, 132, dtype=dtype, seed=seed), steps=2)
     assert ca.Attention(layer.config, with_one_pair(weights, 8.1, spread), dtype, "cuda").precise
+
+
+@pytest.mark.parametrize("pair_product", [3.6, 3.8, 6.0])
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_scores_as_far_apart_as_norm_weights_let_them(dtype, backwards, pair_product):
+    """Weights relative to the first scores of a row would be infinite, too large for float16, or nothing in it."""
+    config = make_config(hidden_size=128, num_attention_heads=64, num_key_value_heads=32, head_dim=128)
+    weights, x = far_scores(config, dtype, pair_product, 697)
+    x = np.ascontiguousarray(x[:, ::-1] if backwards else x)
+    layer = ca.Attention(config, weights, dtype, "cuda")
+    assert not layer.precise
+    check(in_chunks(layer, x, [127, 570]), exact(layer, x), dtype)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
