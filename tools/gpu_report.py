@@ -298,7 +298,7 @@ def imports() -> dict[str, Any]:
 
 # What a step does, and its limit in seconds.
 STEPS: dict[str, tuple[Callable[[], dict[str, Any]], float]] = {
-    "tests": (run_tests, 420), "sanitizer": (sanitize, 360), "accuracy": (accuracy, 360), "bench": (bench, 180),
+    "tests": (run_tests, 600), "sanitizer": (sanitize, 360), "accuracy": (accuracy, 360), "bench": (bench, 180),
     "traffic": (traffic, 240), "import": (imports, 180),
 }  # fmt: skip
 
