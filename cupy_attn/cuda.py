@@ -17,7 +17,7 @@ from .errors import ConfigError, InputError, SlowPathWarning
 from .kernels import Macros
 from .launch import CALL, Launch, Limits, Shape
 from .launcher import Launcher
-from .operands import Operands
+from .operands import Operands, has_close_scores
 from .plan import Plan
 from .separate import SeparateOps
 from .steps import Step
@@ -94,7 +94,10 @@ def specialisations(
         gpu = limits(cupy.cuda.Device().id)
         decoding = [gpu]
     shape = Shape(dtype.name, config.head_dim, precise, windowed, float32_angles=False)
-    shapes = [shape, dataclasses.replace(shape, folded=True)] if wgmma.can_fold(config, shape, gpu) else [shape]
+    close = dataclasses.replace(shape, close_scores=True)
+    shapes = [shape, close]
+    if wgmma.can_fold(config, shape, gpu):
+        shapes.append(dataclasses.replace(close, folded=True))
     # Rows of many prompts: what tiles a product takes goes by how they fill the GPU.
     prompts = [(gpu, rows) for n in range(17) for rows in (1 << n, 3 << n)]
     if gpu.wgmma:  # few tokens and stages still take the kernels of other GPUs
@@ -103,8 +106,8 @@ def specialisations(
         *(
             one
             for offered, rows in prompts
-            for folded in shapes
-            for one in wgmma.prefill(config, folded, offered, 1, rows, past_tiles=0, collect=False)
+            for each in shapes
+            for one in wgmma.prefill(config, each, offered, 1, rows, past_tiles=0, collect=False)
         ),
         *(
             one
@@ -182,7 +185,8 @@ class CudaBackend:
         rest = wgmma.can_multiply_rest(self._shape, self._limits)
         rest = rest and multiplies_rest(config, weights.q_norm, weights.k_norm)
         folded = why is None and not rest and wgmma.can_fold(config, self._shape, self._limits)
-        self._shape = dataclasses.replace(self._shape, folded=folded)
+        close = has_close_scores(config, weights, angles=angles)
+        self._shape = dataclasses.replace(self._shape, folded=folded, close_scores=close)
         self._ready = None
         if why is None:
             self._ready = Operands(config, weights, angles=angles, multiplies_rest=rest, folded=folded)

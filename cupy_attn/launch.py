@@ -46,8 +46,8 @@ _INTEGERS = (
     "heads_together", "max_position", "window",
 )  # fmt: skip
 _FLOATS = (
-    "eps", "qkv_scale", "qkv_unscale", "folded_rescale", "o_unscale", "rest_unscale", "score_scale", "largest_score",
-    "v_scale", "hidden_unscale", "q_norm_unscale", "q_rope_unscale", "k_norm_unscale", "k_rope_unscale",
+    "eps", "qkv_scale", "qkv_unscale", "folded_rescale", "o_unscale", "rest_unscale", "score_scale", "v_scale",
+    "hidden_unscale", "q_norm_unscale", "q_rope_unscale", "k_norm_unscale", "k_rope_unscale",
 )  # fmt: skip
 CALL = np.dtype(
     [(name, np.uint64) for name in _POINTERS]
@@ -82,7 +82,8 @@ RESERVED_SMEM = 1024  # of every block, by the driver (CUDA C++ Programming Guid
 @dataclasses.dataclass(frozen=True)
 class Shape:
     """What the kernels are specialised for: storage dtype, head_dim, precise scores, window, angles; whether the bits
-    of a sequence may depend on the others of the batch; whether there is a Wqkv with the input norm's weight in it.
+    of a sequence may depend on the others of the batch; whether there is a Wqkv with the input norm's weight in it;
+    whether norm weights keep scores so close that no weight of a softmax is infinite, whichever it is relative to.
     """
 
     dtype: str
@@ -92,6 +93,7 @@ class Shape:
     float32_angles: bool
     batch_invariant: bool = False
     folded: bool = False
+    close_scores: bool = False
 
     @property
     def parts(self) -> int:

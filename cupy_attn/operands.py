@@ -20,12 +20,20 @@ OPERAND_BITS, VALUE_BITS = 15, 11
 REST_BITS, E4M3_SCALE = 8, 32.0
 STEP = 8  # positions from one row of a thread of finish_heads.cuh to the other
 TURN_SCALE = 1 / 8  # decode_tile.cuh: room for keys that are not normalised yet
-ROUNDING = 1.01  # of q' and k': how much larger scores may be for it
+# attend_wgmma.cu: a power of two of which 32 are a float32; how much larger scores may be for rounding q' and k'.
+FINITE_BITS, ROUNDING = 122, 1.01
 
 
 def power_of_two(largest: float, bits: int) -> float:
     """Return the power of two that brings ``largest`` into [2^(bits - 1), 2^bits)."""
     return 2.0 ** (bits - math.frexp(largest)[1]) if largest > 0 and math.isfinite(largest) else 1.0
+
+
+def has_close_scores(config: AttentionConfig, weights: AttentionWeights, *, angles: str) -> bool:
+    """Return whether 2 to the power of any difference of two scores, in base-2 logarithms, is a float32, as are 32."""
+    _, factor = inverse_frequencies(config, angles=angles)
+    largest_score = math.sqrt(config.head_dim) * factor**2 * largest_pair_product(weights.q_norm, weights.k_norm)
+    return 2 * largest_score * math.log2(math.e) * ROUNDING <= FINITE_BITS
 
 
 class Operands:
@@ -87,9 +95,6 @@ class Operands:
             scale = power_of_two(bound, OPERAND_BITS)
             norms[name] = wide[name] * np.float32(factor * scale), scale
         (q_norm, q_scale), (k_norm, k_scale) = norms["q_norm"], norms["k_norm"]
-        score_scale = math.log2(math.e) / math.sqrt(config.head_dim)
-        largest_pair = factor**2 * largest_pair_product(wide["q_norm"], wide["k_norm"])
-        largest_score = ROUNDING * score_scale * config.head_dim * largest_pair
         self.q_norm, self.k_norm = cupy.asarray(q_norm), cupy.asarray(k_norm)
         self.k_turns = None if angles == "float32" else cupy.asarray(key_turns(config, k_norm * np.float32(TURN_SCALE)))
         self.qkv_bias = None if "qkv_bias" not in wide else cupy.asarray(wide["qkv_bias"])
@@ -100,8 +105,7 @@ class Operands:
             "qkv_scale": hidden_scale * qkv_scale, "qkv_unscale": 1 / (hidden_scale * qkv_scale),
             "folded_rescale": hidden_scale * qkv_scale / folded_scale,
             "o_unscale": 1 / (o_scale * self.v_scale), "rest_unscale": qkv_scale / (rest_scale * E4M3_SCALE),
-            "score_scale": score_scale / q_scale / k_scale, "largest_score": largest_score,
-            "v_scale": self.v_scale,
+            "score_scale": math.log2(math.e) / math.sqrt(config.head_dim) / q_scale / k_scale, "v_scale": self.v_scale,
             "hidden_unscale": 1 / hidden_scale, "q_norm_unscale": 1 / (factor * q_scale), "q_rope_unscale": 1 / q_scale,
             "k_norm_unscale": 1 / (factor * k_scale), "k_rope_unscale": 1 / k_scale,
         }  # fmt: skip

@@ -119,7 +119,8 @@ def attend(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, se
     cluster = 1 if splits or config.group % CLUSTER or limits.num_sms < CLUSTER else CLUSTER  # heads of one KV head
     grid = min(limits.num_sms // cluster, -(-seq // block_m) * heads // cluster) * cluster
     boxes = (("q", block_m), ("k", block_n // cluster), ("v", block_n // cluster))
-    macros = macros_of(shape, CLUSTER=cluster, WINDOW=shape.windowed and 1, SPLIT_KEYS=splits and 1)
+    macros = macros_of(shape, CLUSTER=cluster, WINDOW=shape.windowed and 1, SPLIT_KEYS=splits and 1,
+                       OPTIMISTIC=shape.close_scores and not (splits or shape.precise) and 1)  # fmt: skip
     return Launch("attend_wgmma", macros, grid, THREADS, smem, overlaps=True, cluster=cluster, boxes=boxes)
 
 

@@ -4,8 +4,8 @@
 // With PARTS 2 the scores are q_high k_high + q_high k_low + q_low k_high: float16's range, twice its precision.
 //
 // Weights are relative to a score that was its row's largest once, and must not grow too large for float16. So a step looks for a
-// larger score first. Where norm weights are so small that no weight is more than float32 holds (call.largest_score), steps without
-// masks do not (OPTIMISTIC): the sum of their weights, which is needed anyway, tells afterwards.
+// larger score first. Where norm weights are so small that no weight is more than float32 holds (OPTIMISTIC), steps without masks do
+// not: the sum of their weights, which is needed anyway, tells afterwards.
 //
 // Grid: any number of clusters of CLUSTER blocks, a block a multiprocessor; attend_feed.cuh says which tiles each has.
 // Block 384 threads: a warpgroup that copies, two that have 64 query rows each. While the products of one step run, each has
@@ -14,12 +14,16 @@
 // every other step each; in the end each sends the other what it has of one row in two, and stores the other row.
 // Shared memory: 2 x q [PARTS], then STAGES x (k [PARTS], v), each of two tiles of 64 columns (wgmma.cuh); with SPLIT_KEYS what
 // warpgroups send.
-// -D: those of call.cuh, HEAD_DIM 128, CLUSTER, WINDOW (if there is one), SPLIT_KEYS (PARTS 1, CLUSTER 1). Tensor-core bound.
+// -D: those of call.cuh, HEAD_DIM 128, CLUSTER, WINDOW (if there is one), SPLIT_KEYS (PARTS 1, CLUSTER 1), OPTIMISTIC. Tensor-core bound.
 #include "attend_feed.cuh"
 
 constexpr int SCORES = BLOCK_N / 2;  // of a thread: two rows of a quad's columns
-constexpr bool OPTIMISTIC = PARTS == 1 && STRIDE == 1;  // with SPLIT_KEYS a warpgroup's rows may not have seen a key by then
-constexpr float FINITE = 122.0f;     // base-2 logarithm: 32 weights that are less add up to a float32
+#ifdef OPTIMISTIC
+static_assert(PARTS == 1 && STRIDE == 1, "with SPLIT_KEYS a warpgroup's rows may come to such steps before they have seen a key");
+constexpr bool LOOKS_AFTER = true;
+#else
+constexpr bool LOOKS_AFTER = false;
+#endif
 constexpr float MOST_OF_SUM = 1 << 15;  // of a thread's weights of a step: then each of them is a float16
 constexpr int BITS_OF_SUM = 5;       // what larger sums are lowered to
 constexpr int WHO_HELPS = 1;         // hardware barrier
@@ -82,10 +86,7 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
     auto leaves_window = [&](int i) {
         return last_position - __ldcg(key_positions + (last - i) * BLOCK_N) >= call.window;
     };
-#else
-    auto leaves_window = [](int) { return false; };
 #endif
-    const bool stays_finite = 2.0f * call.largest_score <= FINITE;
     // Of a row: the score its weights are relative to, as a base-2 logarithm, or minus infinity before it has seen a key; their sum;
     // what is subtracted from scores.
     float scores[SCORES], out[64], top[2], row_sum[2], shift[2], shrink[2];
@@ -270,15 +271,14 @@ attend_wgmma(const __grid_constant__ Call call, const __grid_constant__ Maps map
             i += STRIDE;
 #pragma unroll 1
             for (; i < diagonal; i += STRIDE) round(i, Step<true, true>());
-            auto rounds = [&](auto step) {
-#pragma unroll 1
-                for (; i < end && !leaves_window(i); i += STRIDE) round(i, step);
-            };
-            if (OPTIMISTIC && stays_finite) rounds(Step<false, !OPTIMISTIC>());
-            else rounds(Step<false, true>());
 #ifdef WINDOW
 #pragma unroll 1
+            for (; i < end && !leaves_window(i); i += STRIDE) round(i, Step<false, !LOOKS_AFTER>());
+#pragma unroll 1
             for (; i < end; i += STRIDE) round(i, Step<true, true>());
+#else
+#pragma unroll 1
+            for (; i < end; i += STRIDE) round(i, Step<false, !LOOKS_AFTER>());
 #endif
             release(&barriers.q_empty[n % 2]);
             products_wait<0>();

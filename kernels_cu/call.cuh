@@ -81,7 +81,6 @@ struct Call {
     float o_unscale;
     float rest_unscale;  // of products of E4M3
     float score_scale;  // from q' k'^T to base-2 logarithms of weights
-    float largest_score;  // such a logarithm: those of these weights are between its negative and it
     float v_scale;      // on v and attention in float16
     float hidden_unscale, q_norm_unscale, q_rope_unscale, k_norm_unscale, k_rope_unscale;  // for stages
 };

@@ -29,7 +29,8 @@ def launches_of(run: small_case.Small) -> list[Launch]:
     limits = dataclasses.replace(cuda.H200, num_sms=run.num_sms or cuda.H200.num_sms, wgmma=not run.portable)
     shape = launch.Shape(run.dtype, config.head_dim, run.precise, run.window is not None, float32_angles=False,
                          batch_invariant=run.batch_invariant)  # fmt: skip
-    shape = dataclasses.replace(shape, folded=wgmma.can_fold(config, shape, cuda.H200) and not run.rest)
+    shape = dataclasses.replace(shape, folded=wgmma.can_fold(config, shape, cuda.H200) and not run.rest,
+                                close_scores=not (run.precise or run.rest))  # fmt: skip
     found, past = [], 0
     for seq in run.calls:
         if not run.stages and launch.decodes(config, shape, run.batch, seq):

@@ -52,9 +52,9 @@ class Small:
     512 columns are 8 steps of a product, more than there are buffers for. 130 tokens are several tiles of rows and of
     keys. With ``num_sms`` the kernels are launched as for a GPU of so many multiprocessors: they take the tiles of long
     prompts, and one block goes through many of them. ``portable``: as for a GPU before Hopper. ``rest``: with norm
-    weights for which prefill multiplies what rounding hidden states leaves over. ``heads`` are query and
-    KV heads; in decode 16 query heads of one KV head are two tiles. On a Hopper GPU the runs take every specialisation
-    that an import builds (test_gpu_report.py).
+    weights for which prefill multiplies what rounding hidden states leaves over, and attention looks for each step's
+    largest score. ``heads`` are query and KV heads; in decode 16 query heads of one KV head are two tiles. On a Hopper
+    GPU the runs take every specialisation that an import builds (test_gpu_report.py).
     """
 
     dtype: str
@@ -94,6 +94,7 @@ def small_runs() -> list[Small]:
         *(Small(*kind, batch=12, calls=(20, 1), heads=(16, 1)) for kind in both),
         *(Small(*kind, batch=2, calls=(130, 130, 1), num_sms=2) for kind in both),  # from tile to tile, after a past
         *(Small(*kind, calls=(130, 70), heads=(3, 1), num_sms=2) for kind in both),  # no two heads that share keys
+        *(Small(dtype, False, calls=(130, 70), heads=(3, 1), num_sms=2, rest=True) for dtype in DTYPES),
         *(Small(*kind, batch=12, calls=(70, 1), num_sms=2, portable=True) for kind in both),
         *(Small(dtype, False, calls=(130, 1), num_sms=num_sms) for dtype in DTYPES for num_sms in (8, 24)),
         # Tiles that two share: blocks of a product; warpgroups of attention, from tile to tile.
@@ -151,6 +152,7 @@ def run_small(run: Small) -> tuple[float, set[str]]:
     assert layer.precise == run.precise
     assert multiplies_rest(config, layer.weights.q_norm, layer.weights.k_norm) == (run.precise or run.rest)
     backend: Any = layer._backend
+    assert backend._shape.close_scores != (run.precise or run.rest)
     if run.num_sms is not None:
         backend._limits = dataclasses.replace(backend._limits, num_sms=run.num_sms)
     if run.portable:
