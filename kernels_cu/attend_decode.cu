@@ -82,6 +82,8 @@ attend_decode(const __grid_constant__ Call call)
     const bool has_new = ASKS_EARLY && has_own && has_new_tokens(own_first) && lane < 2 * PIECES;
     const float* const new_source = has_new ? new_piece(call, own_first.b, 0, own_first.kv_head_idx, lane) : nullptr;
     float new_values[VECTOR];
+    const bool is_short = !BY_PIECES && shares.size <= WARPS;  // all of its keys and values are on their way
+    if (is_short) let_next_kernel_begin();
     wait_for_previous_kernel();
     if (has_new) load8(new_source, new_values);
     load_query(call, at, group, warp, own_query);
@@ -107,7 +109,7 @@ attend_decode(const __grid_constant__ Call call)
     normalise_queries(call, shared, at, group, weight, own_query);
     if (is_keeper) arrived = before;
     copies_wait<3>();  // for all but tiles
-    let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
+    if (!is_short) let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
     __syncthreads();
     if (!ASKS_EARLY && has_own) append(own_first, 0);
     if (has_new) {

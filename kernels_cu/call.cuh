@@ -86,8 +86,8 @@ struct Call {
 };
 
 // A kernel may begin before the one ahead of it in the stream has ended. Until this returns it must neither read what
-// that one writes nor write anything: only weights and tables are there already. In a decode call attend_decode and
-// decode_output know more: the kernel ahead of each lets it begin after its own wait.
+// that one writes nor write anything: only weights and tables are there already. In a decode call attend_decode knows more: the
+// kernel ahead of it lets it begin after its own wait. So decode_output, which attend_decode lets begin, knows of the calls before.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("griddepcontrol.wait;" ::: "memory");

@@ -47,17 +47,14 @@ decode_output(const __grid_constant__ Call call)
     const int n = first + (W::VECTORS > 1 ? threadIdx.x % rows : threadIdx.x);
     const bool mine = threadIdx.x < rows * W::VECTORS && b < call.batch * call.seq && n < call.hidden_size;
     const long long at = static_cast<long long>(b) * call.hidden_size + n;
-    // attend_decode lets this kernel begin when all before it have ended.
+    // attend_decode lets this kernel begin when the call before has ended, but perhaps not decode_project, which describes rows.
     float addend = 0.0f;
-    bool is_padding = false;
     if (mine) {
-        const int slot = __ldcg(&call.rows[b].x);
         if (call.o_bias != nullptr) addend = call.o_bias[n];
         if (call.residual != nullptr) addend += static_cast<float>(__ldcg(call.residual + at));
-        if (slot == FAULT) addend = __int_as_float(0x7fffffff);
-        is_padding = slot < 0 && slot != FAULT;
     }
     wait_for_previous_kernel();
+    const int slot = mine ? __ldcg(&call.rows[b].x) : 0;
 #ifdef UNIT
     __shared__ uint4 vector[W::K_SIZE / VECTOR];
     __shared__ __align__(16) W::Sums sums;
@@ -78,6 +75,6 @@ decode_output(const __grid_constant__ Call call)
     __syncthreads();
     if (mine) {
         const float value = W::sum(sums, threadIdx.x) * call.o_unscale + addend;
-        call.y[at] = static_cast<STORAGE>(is_padding ? 0.0f : value);
+        call.y[at] = static_cast<STORAGE>(slot >= 0 ? value : slot == FAULT ? __int_as_float(0x7fffffff) : 0.0f);
     }
 }
