@@ -132,13 +132,13 @@ def step_turns(config: AttentionConfig) -> np.ndarray:
 
 
 def key_turns(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:
-    """Return what attend_decode.cu multiplies cached keys with, [DECODE_TILE, D/2, 4] float32.
+    """Return what attend_decode.cu multiplies cached keys with, [DECODE_TURNS, D/2, 4] float32.
 
-    Of key ``offset`` of a tile and a pair of dims, w its two weights: w_low cos, w_high sin, w_high cos, w_low sin. Odd
-    offsets have neighbouring pairs in opposite order, as the kernel reads them.
+    Of key ``offset`` of two tiles and a pair of dims, w its two weights: w_low cos, w_high sin, w_high cos, w_low sin.
+    Odd offsets have neighbouring pairs in opposite order, as the kernel reads them.
     """
     inv_freq, _ = inverse_frequencies(config, angles="float64")
-    angles = np.arange(launch.DECODE_TILE)[:, None] * inv_freq
+    angles = np.arange(launch.DECODE_TURNS)[:, None] * inv_freq
     low, high = np.split(k_norm.astype(np.float64), 2)
     cos, sin = np.cos(angles), np.sin(angles)
     turns = np.stack([low * cos, high * sin, high * cos, low * sin], axis=-1)

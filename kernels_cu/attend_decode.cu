@@ -13,10 +13,10 @@
 //
 // Rotations only matter relative to each other: the query is rotated by its distance from a tile's first key, and the keys
 // by 0, 1, ... 15: angles that are the same for every tile and every call, so they come as a table, k_norm in them. A tile
-// whose positions have gaps and span more takes a pass for every 16 positions.
+// whose positions have gaps and span more takes a pass for every 16 positions. PAIRED: twice as many of all, see shares.cuh.
 //
 // Grid: a block a multiprocessor; block 32 WARPS threads. Shared memory: Shared in decode_shared.cuh. -D: those of call.cuh,
-// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT (shares.cuh). Memory bound: one read of K and
+// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT, PAIRED (shares.cuh). Memory bound: one read of K and
 // V. Next come the instructions of a tile (decode_tile.cuh).
 #include "decode_sums.cuh"
 #include "decode_tile.cuh"
@@ -56,6 +56,9 @@ attend_decode(const __grid_constant__ Call call)
         return;
     }
 
+#ifdef PAIRED
+    if (at.pairs) copy_more_turns(call, shared);
+#endif
     const auto copy = [&](const Cursor& to, int stage, bool is_v) { copy_tile(call, shared, to, stage, is_v); };
     int new_at = -1;  // position of the sequence's last new token
     const auto append = [&](const Cursor& to, int stage) { append_new(call, shared, to, stage, at, new_at); };
@@ -146,7 +149,7 @@ attend_decode(const __grid_constant__ Call call)
                 call, shared, at, stage, new_at, group, rows, sums,
                 [&]() {
                     // The last tile makes room for what the warp found.
-                    if (is_k_ahead || at.slot + WARPS * TILE >= at.end) return;
+                    if (is_k_ahead || at.slot + step_from(at) >= at.end) return;
                     if (more) copy(ahead, stage, false);
                     copies_commit();
                     is_k_ahead = true;
@@ -159,7 +162,7 @@ attend_decode(const __grid_constant__ Call call)
                     }
                 });
             __syncwarp();  // all lanes have read the tile
-            at.slot += WARPS * TILE;
+            at.slot += step_from(at);
             stage ^= 1;
         }
 

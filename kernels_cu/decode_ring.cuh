@@ -4,21 +4,22 @@
 #include "decode_queries.cuh"
 #include "storage.cuh"
 
+template <int Bytes>
+__device__ __forceinline__ void copy_table(void* target, const void* source) {
+#pragma unroll  // a loop would take longer than lengths do, which are on their way
+    for (int first = 0; first < Bytes; first += THREADS * 16) {
+        const int i = first + threadIdx.x * 16;
+        if (i < Bytes) copy16_async(static_cast<char*>(target) + i, static_cast<const char*>(source) + i, true);
+    }
+}
+
 // Ask for what does not depend on tokens, ahead of keys: behind them it would stand in line. All threads of a block together.
 __device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
-    const auto copy = [](auto& target, const void* source) {
-        constexpr int BYTES = sizeof(target);
-#pragma unroll  // a loop would take longer than lengths do, which are on their way
-        for (int first = 0; first < BYTES; first += THREADS * 16) {
-            const int i = first + threadIdx.x * 16;
-            if (i < BYTES)
-                copy16_async(reinterpret_cast<char*>(&target) + i, static_cast<const char*>(source) + i, true);
-        }
-    };
+    const auto copy = [](auto& target, const void* source) { copy_table<sizeof(target)>(&target, source); };
 #ifdef FLOAT32_ANGLES
     copy(shared.k_norm, call.k_norm);
 #else
-    copy(shared.turn, call.k_turns);
+    copy_table<TILE * PAIRS * sizeof(float4)>(shared.turn, call.k_turns);
 #endif
     copy(shared.frequency, call.frequency);
 #ifdef HALVES
@@ -26,6 +27,14 @@ __device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
 #endif
     copies_commit();
 }
+
+// And for what the second of two tiles takes.
+#ifdef PAIRED
+__device__ __forceinline__ void copy_more_turns(const Call& call, Shared& shared) {
+    copy_table<TILE * PAIRS * sizeof(float4)>(shared.turn + TILE * PAIRS, call.k_turns + TILE * PAIRS);
+    copies_commit();
+}
+#endif
 
 // Ask for the keys of a tile, and their positions, or for its values. Positions come with k: a load to registers under way would be
 // waited for with whatever shares its scoreboard.

@@ -10,6 +10,7 @@ constexpr bool SWIZZLED = HEAD_DIM % 64 == 0;
 constexpr int KV_STRIDE = SWIZZLED ? HEAD_DIM : STRIDE;
 constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int PAIRS = HEAD_DIM / 2;
+constexpr int TURNED = MAY_PAIR ? 2 * TILE : TILE;  // keys that queries are rotated for at a time, at most
 
 struct alignas(16) Tile {
     STORAGE k[TILE * KV_STRIDE], v[TILE * KV_STRIDE];
@@ -30,7 +31,7 @@ struct alignas(16) Shared {
 #ifdef FLOAT32_ANGLES
     float k_norm[HEAD_DIM];
 #else
-    float4 turn[TILE * PAIRS];                 // call.k_turns
+    float4 turn[TURNED * PAIRS];               // call.k_turns; the second half where tiles are taken two at a time
 #endif
     __half q[WARPS][PARTS][ROWS * STRIDE];     // q' for a warp's tile
     float q_norm[ROWS * HEAD_DIM];             // normalised queries, not rotated

@@ -28,6 +28,7 @@ struct Sums {
     float shift[HEAD_TILES][2];            // what scores are taken relative to
     float sum[HEAD_TILES][2];              // of this lane's weights
     // Whether no key was seen yet: one new token sees all that are; of several, and by window, each its own.
+    int base;  // PAIRED: the position that queries are rotated for
     bool nothing_seen[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
     int seen_from[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
 };
@@ -49,6 +50,7 @@ __device__ __forceinline__ void begin_sums(const Call& call, const Cursor& at, i
     for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
         for (int e = 0; e < 2; ++e) sums.shift[t][e] = sums.sum[t][e] = 0.0f;
+    if (MAY_PAIR) sums.base = -TURNED;  // of no position
 #pragma unroll
     for (int t = 0; t < (IS_ONE ? 1 : HEAD_TILES); ++t)
 #pragma unroll
@@ -137,22 +139,26 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
         return (has_new && at.slot + key > at.past + token_of(at, group, t, e)) || position < seen_from[t][e];
     };
 
-    // The table spans TILE positions: keys further apart than that take several passes. HALVES: any gap does, one for the first keys
+    // The table spans `turned` positions: keys further apart than that take several passes. HALVES: any gap does, one for the first keys
     // and one for the others.
 #ifndef FLOAT32_ANGLES
-    const int span = last_position - first_position;
-    const bool gaps = IN_HALVES ? span != last : span >= TILE;
-    int half = 0;
-    for (int base = first_position;;) {
+    int half = 0, base = first_position;
+    const int turned = MAY_PAIR && at.pairs ? TURNED : TILE;  // positions that the table has
+    const bool is_rotated = MAY_PAIR && last_position - sums.base < turned;  // since the tile before
+    if (is_rotated) base = sums.base;
+    const int span = last_position - base;
+    const bool gaps = IN_HALVES ? span != last : span >= turned;
+    while (true) {
 #else
     {
-        constexpr int base = 0, half = 0;
+        constexpr int base = 0, half = 0, turned = TILE;
         constexpr bool gaps = false;
 #endif
 #ifdef FLOAT32_ANGLES
         rotate_queries(shared, rows, IS_ONE ? new_at : 0);
 #else
-        rotate_queries(shared, rows, new_at - base + 8 * half);
+        if (!is_rotated) rotate_queries(shared, rows, new_at - base + 8 * half);
+        if (MAY_PAIR) sums.base = base;
 #endif
         __syncwarp();
         ask_for_keys();
@@ -164,7 +170,7 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
 #pragma unroll
         for (int n = 0; n < ROTATIONS; ++n) {
             const int position = n + half == 0 ? offsets[0] : offsets[1];
-            const int offset = IN_HALVES && !gaps ? lane / 4 : (position - base) & (TILE - 1);
+            const int offset = IN_HALVES && !gaps ? lane / 4 : (position - base) & (TURNED - 1);
 #pragma unroll
             for (int odd = 0; odd < 2; ++odd) turns[n][odd] = shared.turn + turn_index(offset, quad * 2 + odd);
         }
@@ -228,7 +234,7 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
                 own[t][e] = (n == 0 ? scores[t][e % 2] * score_scale[0] : scores[t][e % 2 + 2] * score_scale[1]);
                 const int position = n == 0 ? offsets[0] : offsets[1];
                 if (is_hidden(n, IS_ONE ? 0 : t, IS_ONE ? 0 : e % 2) ||
-                    (gaps && (static_cast<unsigned>(position - base) >= TILE || (IN_HALVES && n != half))))
+                    (gaps && (static_cast<unsigned>(position - base) >= turned || (IN_HALVES && n != half))))
                     own[t][e] = MINUS_INFINITY;
             }
 
@@ -313,7 +319,7 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
             half ^= 1;
             if (half == 1) continue;
         }
-        const unsigned beyond = __ballot_sync(0xffffffffu, lane <= last && own_position - base >= TILE);
+        const unsigned beyond = __ballot_sync(0xffffffffu, lane <= last && own_position - base >= turned);
         if (!beyond) break;
         base = __shfl_sync(0xffffffffu, own_position, __ffs(beyond) - 1);
 #endif

@@ -5,11 +5,12 @@
 // All tiles of all heads stand in one row, sequence after sequence, head after head, and every block takes an equal run of
 // it. Where heads are of equal lengths and there are no more of them than blocks, runs do not cross from one to the next; where
 // lengths differ, a head counts as some tiles more, for the time it takes to get from one to the next.
-// A block's warps take its tiles in turns. Everything follows from the lengths on the device.
+// A block's warps take its tiles in turns; long runs two neighbours at a time, where rotating the queries takes long (MAY_PAIR): one
+// rotation serves both. Everything follows from the lengths on the device.
 //
 // BATCH_INVARIANT: a head is cut into pieces that follow from its own length alone, at most MOST_PIECES of them, each summed
 // up on its own. Places, widths and shares count pieces then, not tiles.
-// -D: those of call.cuh, HEAD_TILES, WARPS, WINDOW, SEVERAL (more than one new token a sequence), BATCH_INVARIANT, HALVES.
+// -D: those of call.cuh, HEAD_TILES, WARPS, WINDOW, SEVERAL (more than one new token a sequence), BATCH_INVARIANT, HALVES, PAIRED.
 #pragma once
 #include "call.cuh"
 
@@ -30,6 +31,13 @@ constexpr bool IN_HALVES = true;
 #else
 constexpr bool IN_HALVES = false;
 #endif
+
+#ifdef PAIRED
+constexpr bool MAY_PAIR = true;
+#else
+constexpr bool MAY_PAIR = false;
+#endif
+constexpr int LEAST_PAIRED = 8 * WARPS;  // tiles of a run: fewer may come out uneven by one, which costs more than it saves
 
 #ifdef BATCH_INVARIANT
 constexpr bool BY_PIECES = true;
@@ -151,6 +159,7 @@ struct Cursor {
     int piece, tiles;            // BATCH_INVARIANT: of the head, and all tiles of that
     int slot, end;               // of the tile's first key in the cache; of the end of this block's run in the head
     int left;                    // tiles of this block's run, after this head
+    bool pairs;                  // tiles are taken two at a time
     const STORAGE* k;            // what this lane copies first of a whole tile
 };
 
@@ -160,9 +169,22 @@ __device__ __forceinline__ void go_to(const Call& call, Cursor& at, int slot) {
                               HEAD_DIM + threadIdx.x % 32 * 8;
 }
 
+// From a warp's tile to its next, in keys.
+__device__ __forceinline__ int step_from(const Cursor& at) {
+    if (!MAY_PAIR || !at.pairs) return WARPS * TILE;
+    return at.slot & TILE ? (2 * WARPS - 1) * TILE : TILE;
+}
+
 __device__ __forceinline__ void go_on(Cursor& at) {
-    at.slot += WARPS * TILE;
-    at.k += WARPS * TILE * HEAD_DIM;
+    const int step = step_from(at);
+    at.slot += step;
+    at.k += step * HEAD_DIM;
+}
+
+// A warp's first tile of those from `tile` on. Two neighbours are an even one and the next.
+__device__ __forceinline__ int first_of_warp(const Cursor& at, int tile) {
+    const int warp = threadIdx.x / 32;
+    return MAY_PAIR && at.pairs ? max(tile / 2 * 2 + 2 * warp, tile) : tile + warp;
 }
 
 __device__ __forceinline__ void enter_head(const Call& call, Cursor& at, int first_tile, int tiles, int from) {
@@ -170,13 +192,13 @@ __device__ __forceinline__ void enter_head(const Call& call, Cursor& at, int fir
         const int size = piece_size(tiles);
         at.piece = from, at.tiles = tiles, at.left -= 1;
         at.end = (first_tile + min((from + 1) * size, tiles)) * TILE;
-        go_to(call, at, (first_tile + from * size + static_cast<int>(threadIdx.x / 32)) * TILE);
+        go_to(call, at, first_of_warp(at, first_tile + from * size) * TILE);
         return;
     }
     const int here = min(at.left, at.width - from);
     at.left -= here;
     at.end = (first_tile + min(from + here, tiles)) * TILE;
-    go_to(call, at, (first_tile + from + static_cast<int>(threadIdx.x / 32)) * TILE);
+    go_to(call, at, first_of_warp(at, first_tile + from) * TILE);
 }
 
 // Go on to the next head, or piece, of the run; false if the run ends.
@@ -217,6 +239,7 @@ __device__ __forceinline__ bool enter(const Call& call, const Shares& shares, in
     at.kv_head_idx = at.head - before * call.num_kv_heads;
     at.begin = sequence_begin + at.head * width;
     at.left = shares.size;
+    at.pairs = MAY_PAIR && shares.size >= LEAST_PAIRED;
     enter_head(call, at, s.first_tile, s.tiles, from);
     return BY_PIECES || from < s.tiles || next_head(call, shares, at);
 }

@@ -98,6 +98,20 @@ def test_decode_of_any_shape(gpu, shape, dtype, k_norm_max):
         call(layer, cache, 1, [1, 0, 1][: cache.batch], seed=2)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 40], ids=["without gaps", "with some", "wide"])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("new", [1, 2])
+def test_long_runs_of_many_queries(gpu, dtype, steps, new):
+    """Warps take two tiles at a time, which share a rotation of the queries where positions are close."""
+    layer = make_layer(config_of(16 // new, 1, 64, 72, max_position_embeddings=1 << 17), dtype, TAME)
+    positions = np.cumsum(np.random.default_rng(2).integers(1, 1 + steps, (2, 2700)), 1) - 1
+    cache = filled_cache(layer, [2690, 2601], 2704, positions)
+    attend = launch.attend_decode(layer.config, layer._backend._shape, layer._backend._limits, new, alone=False)
+    assert "PAIRED" in dict(attend.macros)
+    call(layer, cache, new)
+    call(layer, cache, new, [new, 0], seed=2)
+
+
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("shape", [SHAPES[0], SHAPES[2]], ids=["D 128", "D 80"])
 def test_decode_at_the_edges_of_tiles(gpu, shape, dtype):

@@ -331,10 +331,10 @@ def test_turns_of_keys_rotate_and_scale_them():
     config, rng = make_config(head_dim=48, rope_theta=1e4), np.random.default_rng(0)
     k_norm, key = rng.standard_normal(48).astype(np.float32), rng.standard_normal(48)
     turns = operands.key_turns(config, k_norm).astype(np.float64)
-    assert turns.shape == (launch.DECODE_TILE, 24, 4)
-    cos, sin = ca.rope_angles(config, np.arange(launch.DECODE_TILE))
+    assert turns.shape == (launch.DECODE_TURNS, 24, 4)
+    cos, sin = ca.rope_angles(config, np.arange(launch.DECODE_TURNS))
     low, high = key[:24], key[24:]
-    for offset in range(launch.DECODE_TILE):
+    for offset in range(launch.DECODE_TURNS):
         of_pair = turns[offset, np.arange(24) ^ (offset & 1)]  # as the kernel finds them
         rotated = np.r_[low * of_pair[:, 0] - high * of_pair[:, 1], high * of_pair[:, 2] + low * of_pair[:, 3]]
         expected = ca.apply_rope((key * k_norm)[None, None, None], cos[offset : offset + 1], sin[offset : offset + 1])

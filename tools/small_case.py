@@ -111,6 +111,7 @@ def small_runs() -> list[Small]:
             for heads, hidden_size, num_sms in OUTPUT_TILES + LINES
         ),
         *(Small(*kind, calls=(20, 1), heads=(16, 1)) for kind in both),
+        Small("float16", False, calls=(1030, 1), heads=(16, 1), num_sms=1),  # two tiles of keys at a time
         *(Small(*kind, batch=batch, calls=(20, 1), heads=(8, 1)) for kind in both for batch in (1, 12)),
         *(Small(*kind, calls=(2, 8, 16, 1)) for kind in both),  # a few tokens a sequence
         *(Small(*kind, batch=6, calls=(2, 1)) for kind in crossed),
