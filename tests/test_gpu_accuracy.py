@@ -207,7 +207,7 @@ def test_the_hardest_weights_that_the_normal_path_is_left(dtype, spread):
 @pytest.mark.parametrize("dtype", HALVES)
 def test_scores_as_far_apart_as_norm_weights_let_them(dtype, backwards, pair_product):
     """Weights relative to the first scores of a row would be infinite, too large for float16, or nothing in it."""
-    config = make_config(hidden_size=128, num_attention_heads=64, num_key_value_heads=32, head_dim=128)
+    config = make_config(hidden_size=128, num_attention_heads=32, num_key_value_heads=16, head_dim=128)
     weights, x = far_scores(config, dtype, pair_product, 697)
     x = np.ascontiguousarray(x[:, ::-1] if backwards else x)
     layer = ca.Attention(config, weights, dtype, "cuda")
