@@ -27,8 +27,8 @@ struct Sums {
     float out[HEAD_TILES][DIM_BLOCKS][4];  // weighted v: [.][16 dims], dims l / 4 and 8 more
     float shift[HEAD_TILES][2];            // what scores are taken relative to
     float sum[HEAD_TILES][2];              // of this lane's weights
+    int base;                              // PAIRED: the position that queries are rotated for
     // Whether no key was seen yet: one new token sees all that are; of several, and by window, each its own.
-    int base;  // PAIRED: the position that queries are rotated for
     bool nothing_seen[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
     int seen_from[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
 };
@@ -139,8 +139,8 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
         return (has_new && at.slot + key > at.past + token_of(at, group, t, e)) || position < seen_from[t][e];
     };
 
-    // The table spans `turned` positions: keys further apart than that take several passes. HALVES: any gap does, one for the first keys
-    // and one for the others.
+    // The table spans `turned` positions: keys further apart than that take several passes. HALVES: any gap does, one for the first
+    // keys and one for the others.
 #ifndef FLOAT32_ANGLES
     int half = 0, base = first_position;
     const int turned = MAY_PAIR && at.pairs ? TURNED : TILE;  // positions that the table has
