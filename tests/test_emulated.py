@@ -5,6 +5,7 @@ Wrong rows and races are looked for here; test_gpu_accuracy.py is about the last
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import re
@@ -13,6 +14,7 @@ import emulated_gpu
 import numpy as np
 import pytest
 from conftest import make_config, make_hidden, make_weights
+from layer_helpers import far_scores
 
 import cupy_attn as ca
 from cupy_attn import kernels, launch, reference, workspace
@@ -415,3 +417,35 @@ def test_a_missing_barrier_or_wait_shows(tmp_path, monkeypatch, body, right):
 def test_what_a_kernel_must_not_do_fails_the_launch(tmp_path, monkeypatch, body, says):
     with pytest.raises(AssertionError, match=f"trial: {says}"):
         trial(tmp_path, monkeypatch, body, seeds=[0])
+
+
+# docs/numerics.md: relative L2 of two decode steps in 1e-3, by product; and rounded as transformers does.
+ONE_PAIR = {
+    "float16": ({1.5: 4.4, 2.5: 6.4, 3.6: 8.2, 6.0: 16.8, 7.9: 20.4}, 0.36),
+    "bfloat16": ({1.5: 5.8, 2.5: 6.7, 3.6: 7.8, 6.0: 21.4, 7.9: 19.9}, 3.2),
+}
+
+
+@pytest.mark.parametrize("product", ONE_PAIR["float16"][0])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_decode_is_known_to_miss_where_one_pair_of_dims_carries_everything(gpu, dtype, product):
+    """But not the precise path, nor prefill, which rounds a query once. Whoever mends it changes that page, too."""
+    expected, of_transformers = ONE_PAIR[dtype]
+    for precise in (False, True):
+        config = dataclasses.replace(config_of(2, 1, 128, 128), precise_threshold=0.5 if precise else 20.0)
+        weights, x = far_scores(config, dtype, product, 402)
+        layer = ca.Attention(config, weights, dtype, "cuda")
+        assert layer.precise == precise
+        cache = filled_cache(layer, [0], 402)
+        call(layer, cache, 400, x=x[:, :400])
+        past = held(cache, 0)
+        y = np.concatenate([layer(np.ascontiguousarray(x[:, i : i + 1]), cache) for i in (400, 401)], 1)
+        _, stages = reference.forward(config, weights, x[:, 400:], dtype=dtype, past=past)
+        error = ca.relative_l2(y, stages["output"])
+        if precise:
+            assert error <= BARS[dtype]
+        else:
+            assert 1e3 * error == pytest.approx(expected[product], rel=0.1)
+            _, rounded = reference.forward(config, weights, x[:, 400:], dtype=dtype, past=past, rounding="transformers")
+            off = ca.relative_l2(rounded["output"], stages["output"])
+            assert 1e3 * off == pytest.approx(of_transformers, rel=0.1)
