@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
+from pathlib import Path
 
 import bench_parts
 import emulated_gpu
@@ -96,6 +97,15 @@ def test_without_flash_attention_ours_is_timed_and_a_sentence_says_why(monkeypat
     assert row["us"] == 10.0
     assert "peer_us" not in row
     assert row["missing"] == "FlashAttention-3: ImportError: no module"
+
+
+def test_the_published_tables_are_those_of_their_json():
+    results = Path(__file__).resolve().parent.parent / "docs" / "results"
+    report = json.loads((results / "peers" / "parts.json").read_text())
+    assert list(report["parts"]) == list(PARTS)
+    page = (results / "parts.md").read_text()
+    for text in markdown(report).split("\n\n"):
+        assert text in page
 
 
 def fail():

@@ -8,6 +8,7 @@ import functools
 import json
 import sys
 import types
+from pathlib import Path
 
 import bench_peers
 import bench_stack
@@ -228,6 +229,27 @@ def test_rows_are_sorted_by_kind_model_batch_and_tokens(measured):
     shown = [line.split(" | ")[0][2:] for line in markdown(report_of(rows)).splitlines()[4:10]]
     assert shown == ["decode: 0.6B, 1, 8", "decode: 8B, 1, 8", "decode: 8B, 1, 16", "decode: 8B, 2, 4",
                      "decode: 235B-A22B, 1, 8", "prefill: 0.6B, 1, 8"]  # fmt: skip
+
+
+PEERS = Path(__file__).resolve().parent.parent / "docs" / "results" / "peers"
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_the_published_table_is_that_of_its_json(name):
+    lines = markdown(json.loads((PEERS / f"{name}.json").read_text())).splitlines()
+    rows = [line for line in lines if line.startswith("|")]
+    assert len(rows) == 2 + len(bench_peers.CASES[name])
+    page = (PEERS.parent / "peers.md").read_text()
+    assert "\n".join(rows) in page
+    assert lines[0] in page
+
+
+@pytest.mark.parametrize("name", ["decode", "prefill"])
+def test_the_published_sizes_are_those_of_their_json(name):
+    report = json.loads((PEERS / f"sizes_{name}.json").read_text())
+    table = bench_stack.table(name, report["rows"], report["ceilings"])
+    assert table.count("\n") > len(report["rows"])
+    assert table.strip() in (PEERS.parent / "sizes.md").read_text()
 
 
 def run_main(*args, status=0):
