@@ -57,7 +57,7 @@ attend_decode(const __grid_constant__ Call call)
     }
 
 #ifdef PAIRED
-    if (at.pairs) copy_more_turns(call, shared);
+    if (shares.size > WARPS) copy_more_turns(call, shared);
 #endif
     const auto copy = [&](const Cursor& to, int stage, bool is_v) { copy_tile(call, shared, to, stage, is_v); };
     int new_at = -1;  // position of the sequence's last new token
@@ -213,23 +213,38 @@ attend_decode(const __grid_constant__ Call call)
         const int own_run = BY_PIECES ? at.piece : static_cast<int>(blockIdx.x) - first_run;
         const int part_size = min(ROWS, queries) * (HEAD_DIM / 2);
         uint4* const parts = call.parts + static_cast<long long>(first_run + head_idx) * part_size;
-        // A warp takes 64 dims of a row.
-        constexpr int CHUNKS = (HEAD_DIM + 63) / 64;
+        // A warp takes 64 dims of a row, or of two where there are many.
+        constexpr int CHUNKS = (HEAD_DIM + 63) / 64, AT_ONCE = HEAD_TILES;
 #pragma unroll 1
-        for (int chunk = warp; chunk < rows * CHUNKS; chunk += WARPS) {
-            const int r = chunk / CHUNKS, j = chunk % CHUNKS * 4 + lane / 8, i = lane % 8, word = r * PAIRS + j * 8 + i;
-            if (j >= DIM_BLOCKS) continue;
-            Found found = sum_of_warps(shared, r, j, i);
+        for (int chunk = warp; chunk < rows * CHUNKS; chunk += AT_ONCE * WARPS) {
+            int r[AT_ONCE], j[AT_ONCE], word[AT_ONCE];
+            bool is_there[AT_ONCE];
+            Found found[AT_ONCE];
+            const int i = lane % 8;
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; ++n) {
+                r[n] = (chunk + n * WARPS) / CHUNKS, j[n] = (chunk + n * WARPS) % CHUNKS * 4 + lane / 8;
+                word[n] = r[n] * PAIRS + j[n] * 8 + i;
+                is_there[n] = (n == 0 || r[n] < rows) && j[n] < DIM_BLOCKS;
+                if (is_there[n]) found[n] = sum_of_warps(shared, r[n], j[n], i);
+            }
             if (!is_last) {
-                store_word(parts + static_cast<long long>(own_run) * part_size + word, word_of(found));
+#pragma unroll
+                for (int n = 0; n < AT_ONCE; ++n)
+                    if (is_there[n]) store_word(parts + static_cast<long long>(own_run) * part_size + word[n], word_of(found[n]));
                 continue;
             }
             if (work_out_here(num_runs) > 1)  // here: not two loops
-                found = sum_of_parts(parts + word, part_size, num_runs, own_run, found);
-            __half* const attention = attention_of(r) + 16 * j + i;
-            const float scale = __fdividef(call.v_scale, found.sum);
-            attention[0] = __float2half_rn(found.value.x * scale);
-            attention[8] = __float2half_rn(found.value.y * scale);
+                add_parts(found, part_size, num_runs, own_run, [&](int n) { return parts + word[n]; },
+                          [&](int n) { return is_there[n]; });
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; ++n) {
+                if (!is_there[n]) continue;
+                __half* const attention = attention_of(r[n]) + 16 * j[n] + i;
+                const float scale = __fdividef(call.v_scale, found[n].sum);
+                attention[0] = __float2half_rn(found[n].value.x * scale);
+                attention[8] = __float2half_rn(found[n].value.y * scale);
+            }
         }
         if (!goes_on) return;
         if (is_keeper) arrived = before;

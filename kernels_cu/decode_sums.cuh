@@ -42,44 +42,60 @@ __device__ __forceinline__ Found sum_of_warps(const Shared& shared, int r, int j
     return all;
 }
 
-// The same word of all parts of a head, `stride` words apart, added up in their order; part `own` is `found`. Waits for those that
-// are not there yet, and leaves zeros.
-__device__ __forceinline__ Found sum_of_parts(uint4* parts, int stride, int num_parts, int own, const Found& found) {
-    constexpr int AT_ONCE = 8;
-    Found all = {make_float2(0.0f, 0.0f), MINUS_INFINITY, 0.0f};
+// Some words of a head, WORDS at once: of all parts, `stride` words apart, added up in their order; part `own` is what `all` has of
+// them. The first part's word n is at word(n), if is_needed(n). Waits for what has not been written yet, and leaves zeros.
+template <int WORDS, typename Word, typename IsNeeded>
+__device__ __forceinline__ void add_parts(Found (&all)[WORDS], int stride, int num_parts, int own, Word word, IsNeeded is_needed) {
+    constexpr int AT_ONCE = 8 / WORDS;  // parts: as many loads are under way
+    Found found[WORDS];
+#pragma unroll
+    for (int n = 0; n < WORDS; ++n) found[n] = all[n], all[n] = {make_float2(0.0f, 0.0f), MINUS_INFINITY, 0.0f};
 #pragma unroll 1
     for (int first = 0; first < num_parts; first += AT_ONCE) {
-        uint4 words[AT_ONCE];
+        uint4 words[WORDS][AT_ONCE];
+        const auto at = [&](int n, int u) { return word(n) + (first + u) * stride; };
+        const auto is_there = [&](int n, int u) { return first + u < num_parts && is_needed(n); };
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; ++u) {
-            words[u] = make_uint4(0, 0, 0xff800000u, first + u < num_parts ? 0 : 0x80000000u);
-            if (first + u == own) words[u] = word_of(found);
-        }
+        for (int n = 0; n < WORDS; ++n)
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; ++u) {
+                words[n][u] = make_uint4(0, 0, 0xff800000u, is_there(n, u) ? 0 : 0x80000000u);
+                if (first + u == own) words[n][u] = word_of(found[n]);
+            }
         bool is_missing = true;
 #pragma unroll 1
         while (is_missing) {
             is_missing = false;
 #pragma unroll
-            for (int u = 0; u < AT_ONCE; ++u)  // all that are missing at once
-                if (words[u].w == 0) words[u] = load_word(parts + (first + u) * stride);
+            for (int n = 0; n < WORDS; ++n)
 #pragma unroll
-            for (int u = 0; u < AT_ONCE; ++u) is_missing = is_missing || words[u].w == 0;
+                for (int u = 0; u < AT_ONCE; ++u)  // all that are missing at once
+                    if (words[n][u].w == 0) words[n][u] = load_word(at(n, u));
+#pragma unroll
+            for (int n = 0; n < WORDS; ++n)
+#pragma unroll
+                for (int u = 0; u < AT_ONCE; ++u) is_missing = is_missing || words[n][u].w == 0;
         }
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; ++u)
-            if (first + u < num_parts && first + u != own) parts[(first + u) * stride] = make_uint4(0, 0, 0, 0);
-        float most = all.largest;
+        for (int n = 0; n < WORDS; ++n)
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; ++u) most = fmaxf(most, __uint_as_float(words[u].z));
-        // No key is in the window yet: -inf - -inf would be NaN.
-        const float base = most == MINUS_INFINITY ? 0.0f : most, shrink = power_of_two(all.largest - base);
-        all.largest = most, all.value.x *= shrink, all.value.y *= shrink, all.sum *= shrink;
+            for (int u = 0; u < AT_ONCE; ++u)
+                if (is_there(n, u) && first + u != own) *at(n, u) = make_uint4(0, 0, 0, 0);
 #pragma unroll
-        for (int u = 0; u < AT_ONCE; ++u) {
-            const float weight = power_of_two(__uint_as_float(words[u].z) - base);
-            all.value.x += weight * __uint_as_float(words[u].x), all.value.y += weight * __uint_as_float(words[u].y);
-            all.sum += weight * __uint_as_float(words[u].w);
+        for (int n = 0; n < WORDS; ++n) {
+            Found& sum = all[n];
+            float most = sum.largest;
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; ++u) most = fmaxf(most, __uint_as_float(words[n][u].z));
+            // No key is in the window yet: -inf - -inf would be NaN.
+            const float base = most == MINUS_INFINITY ? 0.0f : most, shrink = power_of_two(sum.largest - base);
+            sum.largest = most, sum.value.x *= shrink, sum.value.y *= shrink, sum.sum *= shrink;
+#pragma unroll
+            for (int u = 0; u < AT_ONCE; ++u) {
+                const float weight = power_of_two(__uint_as_float(words[n][u].z) - base);
+                sum.value.x += weight * __uint_as_float(words[n][u].x), sum.value.y += weight * __uint_as_float(words[n][u].y);
+                sum.sum += weight * __uint_as_float(words[n][u].w);
+            }
         }
     }
-    return all;
 }

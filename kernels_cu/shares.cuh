@@ -5,8 +5,8 @@
 // All tiles of all heads stand in one row, sequence after sequence, head after head, and every block takes an equal run of
 // it. Where heads are of equal lengths and there are no more of them than blocks, runs do not cross from one to the next; where
 // lengths differ, a head counts as some tiles more, for the time it takes to get from one to the next.
-// A block's warps take its tiles in turns; long runs two neighbours at a time, where rotating the queries takes long (MAY_PAIR): one
-// rotation serves both. Everything follows from the lengths on the device.
+// A block's warps take its tiles in turns; two neighbours at a time, where rotating the queries takes long (MAY_PAIR) and it comes out
+// even: one rotation serves both. Everything follows from the lengths on the device.
 //
 // BATCH_INVARIANT: a head is cut into pieces that follow from its own length alone, at most MOST_PIECES of them, each summed
 // up on its own. Places, widths and shares count pieces then, not tiles.
@@ -37,7 +37,6 @@ constexpr bool MAY_PAIR = true;
 #else
 constexpr bool MAY_PAIR = false;
 #endif
-constexpr int LEAST_PAIRED = 8 * WARPS;  // tiles of a run: fewer may come out uneven by one, which costs more than it saves
 
 #ifdef BATCH_INVARIANT
 constexpr bool BY_PIECES = true;
@@ -159,7 +158,7 @@ struct Cursor {
     int piece, tiles;            // BATCH_INVARIANT: of the head, and all tiles of that
     int slot, end;               // of the tile's first key in the cache; of the end of this block's run in the head
     int left;                    // tiles of this block's run, after this head
-    bool pairs;                  // tiles are taken two at a time
+    bool pairs;                  // its tiles are taken two at a time
     const STORAGE* k;            // what this lane copies first of a whole tile
 };
 
@@ -187,18 +186,28 @@ __device__ __forceinline__ int first_of_warp(const Cursor& at, int tile) {
     return MAY_PAIR && at.pairs ? max(tile / 2 * 2 + 2 * warp, tile) : tile + warp;
 }
 
+// Whether warps take tiles `first` to `end` of a head by twos: not if one of them has more to do then than rotations saved make up
+// for, an eighth of a tile for each.
+__device__ __forceinline__ bool go_by_twos(int first, int end) {
+    if (!MAY_PAIR || end - first <= WARPS) return false;
+    const auto rounds_of = [](int count) { return static_cast<int>(static_cast<unsigned>(count + WARPS - 1) / WARPS); };
+    const int rounds = rounds_of(end - first);
+    return 2 * rounds_of((end + 1) / 2 - first / 2) <= rounds + rounds / 8;
+}
+
 __device__ __forceinline__ void enter_head(const Call& call, Cursor& at, int first_tile, int tiles, int from) {
     if (BY_PIECES) {
         const int size = piece_size(tiles);
         at.piece = from, at.tiles = tiles, at.left -= 1;
         at.end = (first_tile + min((from + 1) * size, tiles)) * TILE;
-        go_to(call, at, first_of_warp(at, first_tile + from * size) * TILE);
+        go_to(call, at, (first_tile + from * size + static_cast<int>(threadIdx.x / 32)) * TILE);
         return;
     }
     const int here = min(at.left, at.width - from);
     at.left -= here;
-    at.end = (first_tile + min(from + here, tiles)) * TILE;
-    go_to(call, at, first_of_warp(at, first_tile + from) * TILE);
+    const int first = first_tile + from, end = first_tile + min(from + here, tiles);
+    at.end = end * TILE, at.pairs = go_by_twos(first, end);
+    go_to(call, at, first_of_warp(at, first) * TILE);
 }
 
 // Go on to the next head, or piece, of the run; false if the run ends.
@@ -239,7 +248,6 @@ __device__ __forceinline__ bool enter(const Call& call, const Shares& shares, in
     at.kv_head_idx = at.head - before * call.num_kv_heads;
     at.begin = sequence_begin + at.head * width;
     at.left = shares.size;
-    at.pairs = MAY_PAIR && shares.size >= LEAST_PAIRED;
     enter_head(call, at, s.first_tile, s.tiles, from);
     return BY_PIECES || from < s.tiles || next_head(call, shares, at);
 }

@@ -100,14 +100,27 @@ def test_decode_of_any_shape(gpu, shape, dtype, k_norm_max):
         call(layer, cache, 1, [1, 0, 1][: cache.batch], seed=2)
 
 
-@pytest.mark.parametrize("steps", [1, 2, 40], ids=["without gaps", "with some", "wide"])
+GAPS = ("none", "few", "many", "wide", "as a pass ends")
+
+
+def positions_with(gaps: str, batch: int, count: int) -> np.ndarray:
+    """Return positions [B, count] with gaps of a kind between them."""
+    rng, shape = np.random.default_rng(2), (batch, count)
+    if gaps == "as a pass ends":  # the next tile begins where it would if it shared the pass's rotation
+        steps = np.resize([1] * 8 + [2] + [1] * 7 + [9] + [1] * 15, shape)
+    else:
+        share, widest = {"none": (0, 1), "few": (0.01, 3), "many": (1, 2), "wide": (1, 40)}[gaps]
+        steps = np.where(rng.random(shape) < share, rng.integers(1, 1 + widest, shape), 1)
+    return np.cumsum(steps, 1) - 1
+
+
+@pytest.mark.parametrize("gaps", GAPS)
 @pytest.mark.parametrize("dtype", HALVES)
-@pytest.mark.parametrize("new", [1, 2])
-def test_long_runs_of_many_queries(gpu, dtype, steps, new):
-    """Warps take two tiles at a time, which share a rotation of the queries where positions are close."""
-    layer = make_layer(config_of(16 // new, 1, 64, 72, max_position_embeddings=1 << 17), dtype, TAME)
-    positions = np.cumsum(np.random.default_rng(2).integers(1, 1 + steps, (2, 2700)), 1) - 1
-    cache = filled_cache(layer, [2690, 2601], 2704, positions)
+@pytest.mark.parametrize(("heads", "new"), [(16, 1), (8, 2)])
+def test_long_runs_of_many_queries(gpu, dtype, gaps, heads, new):
+    """Warps take ten tiles two at a time, which share a rotation of the queries where positions are close."""
+    layer = make_layer(config_of(heads, 1, 64, 72, max_position_embeddings=1 << 17), dtype, TAME)
+    cache = filled_cache(layer, [2555, 2550], 2560, positions_with(gaps, 2, 2560))
     attend = launch.attend_decode(layer.config, layer._backend._shape, layer._backend._limits, new, alone=False)
     assert "PAIRED" in dict(attend.macros)
     call(layer, cache, new)
