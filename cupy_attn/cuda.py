@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -32,6 +33,8 @@ PREFILL_STAGES = (
 NOTE_WORDS = 4  # of call.cuh's struct Note
 # Sequences and tokens of each for which decode kernels are listed: most kinds.
 DECODES = ((1, 1), (2, 1), (4, 1), (8, 1), (12, 1), (64, 1), (1, 2), (1, 16))
+# Bytes of weights and cache of a decode step that an H200 is done with before the host has launched three kernels.
+SHORT_STEP = 24 << 20
 # Fields of the call that a tensor map is made of.
 MAPPED = (
     "x", "hidden", "qkv_proj", "folded_proj", "k_proj", "q", "k", "v", "v_cache", "attention", "o_proj", "batch", "seq",
@@ -210,6 +213,7 @@ class CudaBackend:
     def forward(self, plan: Plan, cache: KVCache) -> Any:
         """Run one planned call: write K and V past the cached tokens, return y [B, S, H] in the storage dtype."""
         cache.step = None
+        self._check_device()
         capturing = self.xp.cuda.get_current_stream().is_capturing()
         if self._ready is None or self._outgrown(plan):
             if self._shape.batch_invariant:
@@ -234,7 +238,12 @@ class CudaBackend:
         scratch = cache.capacity if capturing else min(cache.capacity, _bucket(past + plan.seq))
         y, keep = self._prepare(plan, cache, launches, scratch, past_tiles, capturing=capturing, decode=decode)
         stream, call = self.xp.cuda.get_current_stream(), self._call.copy()
-        bound = [self._launcher(one).bind(call, stream, self._maps(one, call)) for one in launches]
+        maps = [self._maps(one, call) for one in launches]
+
+        def bind(to: Any) -> list[Callable[[], None]]:
+            return [self._launcher(one).bind(call, to, its) for one, its in zip(launches, maps, strict=True)]
+
+        bound = bind(stream)
         try:
             for run in bound:
                 run()
@@ -246,8 +255,8 @@ class CudaBackend:
             raise
         del keep
         if decode and plan.seq == 1 and plan.counting_on and plan.unpadded and not capturing and not cache.captured:
-            cache.step = Step(self, call, bound, stream.ptr, workspace_of(self._device, stream.ptr), y.shape, y.dtype,
-                              self._room(plan, cache))  # fmt: skip
+            cache.step = Step(self, call, bind, bound, stream.ptr, workspace_of(self._device, stream.ptr), y.shape,
+                              y.dtype, self._room(plan, cache), self._short(plan, cache))  # fmt: skip
         return y
 
     def step(self, x: Any, cache: KVCache, residual: Any, out: Any) -> Any:
@@ -262,6 +271,7 @@ class CudaBackend:
         stream = xp.cuda.get_current_stream()
         if not step.serves(self, stream.ptr) or stream.is_capturing():
             return None
+        self._check_device()
         if not step.repeats(x, residual, out):
             if not step.takes(x, xp.ndarray):
                 return None
@@ -273,15 +283,31 @@ class CudaBackend:
                 return None
             step.use(x, residual, out)
         cache.step = None  # until all of it is done: an interrupt must not leave half a step to be repeated
-        step.launch()
+        step.launch(stream)
         cache.count_step()
         cache.step = step
         return out
+
+    def _check_device(self) -> None:
+        """Raise InputError unless the layer's GPU is the current one: null streams of two look alike."""
+        current = self.xp.cuda.runtime.getDevice()
+        if current != self._device:
+            raise InputError(
+                f"the layer was made on GPU {self._device} and GPU {current} is the current one; call it within "
+                f"cupy.cuda.Device({self._device})."
+            )
 
     def _room(self, plan: Plan, cache: KVCache) -> int:
         """Return for how many more tokens, after a planned one, there is room in every sequence."""
         places = cache.capacity - int(cache.lengths.max()) - 1
         return min(places, self._config.lasting_positions - 1 - int(plan.positions.max()))
+
+    def _short(self, plan: Plan, cache: KVCache) -> int:
+        """Return after how many more tokens, after a planned one, the GPU takes longer for a step than the host."""
+        config = self._config
+        of_weights = 4 * config.hidden_size * (config.q_size + config.kv_size)
+        of_a_token = 4 * plan.batch * config.kv_size
+        return (SHORT_STEP - of_weights) // of_a_token - int(cache.lengths.max()) - 1
 
     def _launcher(self, one: Launch) -> Launcher:
         launcher = self._launchers.get(one)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,40 @@ def make_context_current() -> None:
     from cupy.cuda import runtime
 
     runtime.setDevice(runtime.getDevice())
+
+
+def in_graph(bind: Callable[[Any], Sequence[Callable[[], None]]]) -> Callable[[Any], None]:
+    """Return a function that starts, on a CuPy stream, a CUDA graph of some launches as they are now.
+
+    The host takes a tenth of the time for it that the launches take one by one. But the first of them does not begin
+    before all ahead of the graph has ended.
+
+    Parameters
+    ----------
+    bind : callable
+        Given a CuPy stream, returns the launches on it.
+    """
+    import cupy
+
+    own = cupy.cuda.Stream(non_blocking=True)  # the current one may be the default, which cannot be captured
+    launches = bind(own)
+    own.begin_capture()
+    try:
+        for launch in launches:
+            launch()
+    finally:
+        graph = own.end_capture()
+
+    def start(stream: Any) -> None:
+        try:
+            graph.launch(stream)
+        except cupy.cuda.runtime.CUDARuntimeError as error:
+            raise DeviceError(
+                f"a decode step's graph could not be launched ({error}); an earlier error on this GPU is the usual "
+                "cause, start the process again."
+            ) from None
+
+    return start
 
 
 class Launcher:

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
+from .launcher import in_graph
 from .workspace import Workspace
+
+SETTLED = 3  # steps with the same addresses, after which they become a graph
+MOST_GRAPHS = 8  # that a step makes, if addresses change again and again
 
 
 class Step:
     """The launches of a decode step, ready but for the addresses of x, residual and y.
+
+    Where those stay the same, and the GPU is sooner done than the host would have launched the kernels, they become a
+    CUDA graph, which is launched at once.
 
     Parameters
     ----------
@@ -20,23 +28,31 @@ class Step:
         The backend that made it.
     call : ndarray
         One element of ``launch.CALL``, the step's own.
+    bind : callable
+        Given a CuPy stream, returns the launches on it, of what ``call`` holds then.
     launches : sequence of callables
-        Bound to ``call`` and ``stream``.
+        Those on ``stream``.
     stream : int
-        ``ptr`` of the stream they go to.
+        Its ``ptr``.
     workspace : Workspace
         Whose buffers ``call`` points to.
     shape, dtype
         Of x and y.
     room : int
         Further tokens for which there is room in the cache and below the model's last position.
+    short : int
+        Further tokens after which the GPU takes longer than the host.
     """
 
     def __init__(
-        self, owner: Any, call: np.ndarray, launches: Sequence[Callable[[], None]], stream: int, workspace: Workspace,
-        shape: tuple[int, ...], dtype: np.dtype[Any], room: int,
+        self, owner: Any, call: np.ndarray, bind: Callable[[Any], Sequence[Callable[[], None]]],
+        launches: Sequence[Callable[[], None]], stream: int, workspace: Workspace, shape: tuple[int, ...],
+        dtype: np.dtype[Any], room: int, short: int,
     ) -> None:  # fmt: skip
-        self._owner, self._call, self._launches, self._stream = owner, call, launches, stream
+        self._owner, self._call, self._bind, self._launches, self._stream = owner, call, bind, launches, stream
+        self._short = short
+        self._graph: Callable[[Any], None] | None = None
+        self._settled, self._graphs = 0, 0  # steps since addresses changed, graphs made
         self._workspace, self._generation = workspace, workspace.generation
         self.shape, self.dtype, self._room = shape, dtype, room
         self._addresses = (ctypes.c_uint64 * 3).from_buffer(call.data)  # x, residual, y: CALL begins with them
@@ -77,10 +93,22 @@ class Step:
     def use(self, x: Any, residual: Any, y: Any) -> None:
         """Take arrays as x, residual, which may be None, and y from now on."""
         self._arrays = x, residual, y
-        self._addresses[:] = [x.data.ptr, 0 if residual is None else residual.data.ptr, y.data.ptr]
+        addresses = [x.data.ptr, 0 if residual is None else residual.data.ptr, y.data.ptr]
+        if addresses != self._addresses[:]:
+            self._addresses[:] = addresses
+            self._settled, self._graph = 0, None
 
-    def launch(self) -> None:
-        """Append one token to every sequence."""
+    def launch(self, stream: Any) -> None:
+        """Append one token to every sequence, on the stream that it serves."""
         self._room -= 1
+        self._short -= 1
+        if self._short >= 0 and self._settled == SETTLED and self._graphs < MOST_GRAPHS:
+            self._graphs, self._settled = self._graphs + 1, SETTLED + 1
+            with contextlib.suppress(RuntimeError):  # kernels one by one will say what is wrong with the GPU, if it is
+                self._graph = in_graph(self._bind)
+        if self._short >= 0 and self._graph is not None:
+            self._graph(stream)
+            return
         for run in self._launches:
             run()
+        self._settled += 1

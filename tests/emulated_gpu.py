@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from cupy_attn import cuda, kernels, wgmma, workspace
+from cupy_attn import cuda, kernels, steps, wgmma, workspace
 from cupy_attn.kernels import Macros
 from cupy_attn.launch import Launch
 
@@ -463,6 +463,7 @@ def fake_cupy() -> types.ModuleType:
     cupy.asnumpy = lambda array: np.array(array).view(np.ndarray)
     cupy.cuda = types.SimpleNamespace(
         Device=_Device,
+        runtime=types.SimpleNamespace(getDevice=lambda: 0),
         Stream=lambda non_blocking: _Stream(),
         get_current_stream=_Stream,
         Memory=lambda nbytes: bytearray(b"\xff" * nbytes),
@@ -472,21 +473,39 @@ def fake_cupy() -> types.ModuleType:
 
 
 class EmulatedLauncher:
-    """Stands for :class:`cupy_attn.launcher.Launcher`; ``seed`` decides which warp runs when."""
+    """Stands for :class:`cupy_attn.launcher.Launcher`; ``seed`` decides which warp runs when.
 
-    seed = 0
+    ``copies``: launches are of what a call holds when they are bound.
+    """
+
+    seed, copies = 0, False
 
     def __init__(self, launch: Launch) -> None:
         self._launch, self._kernel = launch, kernel(launch.name, launch.macros, launch.splits)
 
     def bind(self, call: np.ndarray, stream: Any, maps: bytes | np.ndarray | None = None) -> Callable[[], None]:
-        one = self._launch
+        one, call = self._launch, call.copy() if self.copies else call
 
         def run() -> None:
             EmulatedLauncher.seed += 1
             self._kernel(one.grid, one.threads, one.smem_bytes, EmulatedLauncher.seed, call, maps)
 
         return run
+
+
+def in_graph(bind: Callable[[Any], list[Callable[[], None]]]) -> Callable[[Any], None]:
+    """Stand for :func:`cupy_attn.launcher.in_graph`."""
+    EmulatedLauncher.copies = True
+    try:
+        launches = bind(None)
+    finally:
+        EmulatedLauncher.copies = False
+
+    def start(stream: Any) -> None:
+        for launch in launches:
+            launch()
+
+    return start
 
 
 def capture(monkeypatch: Any, call: Callable[[], Any]) -> tuple[Any, Callable[[], None]]:
@@ -524,5 +543,6 @@ def pretend(monkeypatch: Any, num_sms: int, cluster: int = 1, *, hopper: bool = 
     monkeypatch.setattr(cuda, "limits", lambda device: dataclasses.replace(cuda.H200, num_sms=num_sms, wgmma=hopper))
     monkeypatch.setattr(wgmma, "CLUSTER", cluster)
     monkeypatch.setattr(cuda, "Launcher", EmulatedLauncher)
+    monkeypatch.setattr(steps, "in_graph", in_graph)
     monkeypatch.setattr(cuda, "tensor_map", fake_tensor_map)
     monkeypatch.setattr(workspace, "_workspaces", {})

@@ -462,4 +462,6 @@ def test_layers_made_and_called_on_another_gpu():
             cache = layer.new_cache(2, 41)
             results += [(layer(x, cache), layer(x[:, :1], cache))]
             assert cache.k_heads.device.id == device
+        with cupy.cuda.Device(1 - device), pytest.raises(ca.InputError, match=f"on GPU {device} and GPU {1 - device}"):
+            layer(x[:, :1], cache)
     assert all(same_bits(a, b) for a, b in zip(*results, strict=True))

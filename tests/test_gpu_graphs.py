@@ -8,6 +8,7 @@ from conftest import make_config, make_hidden
 from gpu_helpers import HALVES, build_ahead, kernels_of, make_layer, same_bits
 
 import cupy_attn as ca
+from cupy_attn import steps
 from cupy_attn.arrays import to_numpy
 from cupy_attn.workspace import Workspace
 
@@ -108,21 +109,45 @@ def test_replays_are_the_eager_calls_bit_for_bit(stream, kind, dtype, k_norm_max
     import cupy
 
     batch, counts, seq = KINDS[kind]
-    steps = STEPS if seq == 1 else 10
+    count = STEPS if seq == 1 else 10
     layer = make_layer(config, dtype, k_norm_max=k_norm_max)
-    capacity = max(counts) + seq * (steps + 1)
+    capacity = max(counts) + seq * (count + 1)
     cache, eager = two_caches(layer, batch, capacity, counts)
-    x = cupy.asarray(make_hidden(config, batch, seq * (steps + 1), dtype=dtype))
+    x = cupy.asarray(make_hidden(config, batch, seq * (count + 1), dtype=dtype))
     captured = Captured(layer, cache, seq)
-    inputs = [x[:, i * seq : (i + 1) * seq] for i in range(steps + 1)]
-    replayed = [captured(part) for part in inputs[:steps]]
-    assert cache.lengths.tolist() == [n + seq * steps for n in counts]
+    inputs = [x[:, i * seq : (i + 1) * seq] for i in range(count + 1)]
+    replayed = [captured(part) for part in inputs[:count]]
+    assert cache.lengths.tolist() == [n + seq * count for n in counts]
     wanted = [layer(part, eager, residual=part) for part in inputs]
     assert all(same_bits(a, b) for a, b in zip(replayed, wanted, strict=False))
-    assert cache.positions[0, : counts[0] + seq * steps].tolist() == list(range(counts[0] + seq * steps))
+    assert cache.positions[0, : counts[0] + seq * count].tolist() == list(range(counts[0] + seq * count))
     # Calls outside the graph go on where it ended.
     assert same_bits(layer(inputs[-1], cache, residual=inputs[-1]), wanted[-1])
     assert same_caches(cache, eager)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("own_stream", [False, True], ids=["default stream", "stream of its own"])
+def test_eager_steps_with_the_same_arrays_become_graphs(monkeypatch, dtype, own_stream):
+    """Of two layers in turns; and are launched one by one again when other arrays come."""
+    import cupy
+
+    made, make = [], steps.in_graph
+    monkeypatch.setattr(steps, "in_graph", lambda bind: made.append(bind) or make(bind))
+    layers = [make_layer(config, dtype) for config in (CONFIG, SMALL)]
+    rounds = steps.SETTLED + 6
+    with cupy.cuda.Stream(non_blocking=True) if own_stream else cupy.cuda.Stream.null:
+        caches = [two_caches(layer, 2, 40, [5, 3]) for layer in layers]
+        inputs = [cupy.asarray(make_hidden(layer.config, 2, rounds, dtype=dtype)) for layer in layers]
+        arrays = [(cupy.empty_like(x[:, :1]), cupy.empty_like(x[:, :1])) for x in inputs]
+        for i in range(rounds):
+            for layer, (cache, planned), x, (fixed, out) in zip(layers, caches, inputs, arrays, strict=True):
+                fixed[...], planned.step = x[:, i : i + 1], None
+                wanted = layer(x[:, i : i + 1], planned, residual=x[:, i : i + 1])
+                assert same_bits(layer(fixed, cache, residual=fixed, out=out if i < rounds - 2 else None), wanted)
+        for cache, planned in caches:
+            assert same_caches(cache, planned)
+    assert len(made) == len(layers)
 
 
 def test_replays_and_eager_calls_take_turns_and_tokens_are_rejected(stream):

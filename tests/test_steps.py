@@ -10,7 +10,7 @@ import pytest
 from conftest import make_config, make_hidden, make_weights
 
 import cupy_attn as ca
-from cupy_attn import cuda
+from cupy_attn import cuda, steps
 
 pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
 
@@ -102,6 +102,101 @@ def test_the_same_arrays_again(planned):
     planned.clear()
     layer(x, cache, residual=residual, out=out)
     assert not planned  # what was refused has not cost the step
+
+
+def test_a_layer_of_another_gpu_than_the_current_one(monkeypatch, planned):
+    layer, (a, b) = make_layer(), tokens(2)
+    cache = layer.new_cache(1, 12)
+    layer(a, cache)
+    runtime = sys.modules["cupy"].cuda.runtime
+    for ready in (True, False):
+        if not ready:
+            cache.step = None
+        with monkeypatch.context() as patch:
+            patch.setattr(runtime, "getDevice", lambda: 1)
+            with pytest.raises(ca.InputError, match=r"on GPU 0 and GPU 1 is .*within cupy.cuda.Device\(0\)"):
+                layer(b, cache)
+        assert cache.lengths.tolist() == [1]
+    layer(b, cache)
+    assert cache.lengths.tolist() == [2]
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    """Count the graphs that were made and launched."""
+    counts, make = {"made": 0, "launched": 0}, steps.in_graph
+
+    def counted(bind):
+        counts["made"] += 1
+        start = make(bind)
+
+        def launch(stream):
+            counts["launched"] += 1
+            start(stream)
+
+        return launch
+
+    monkeypatch.setattr(steps, "in_graph", counted)
+    return counts
+
+
+def test_steps_with_the_same_addresses_become_a_graph(planned, graphs):
+    """Until one of them changes, or the cache is long."""
+    layer, xs = make_layer(), tokens(24)
+    cache, other, xp = layer.new_cache(1, 40), layer.new_cache(1, 40), sys.modules["cupy"]
+    arrays = [[xp.zeros(xs[0].shape, xs[0].dtype) for _ in range(3)] for _ in range(2)]
+
+    def step(i, x, residual, out):
+        x[...], residual[...] = xs[i], 2 * xs[i]
+        wanted = np.array(slowly(layer, other, x, residual=residual))
+        assert same(layer(x, cache, residual=residual, out=out), wanted)
+
+    for i in range(10):
+        step(i, *arrays[0])
+    assert graphs == {"made": 1, "launched": 9 - steps.SETTLED}
+    for i in range(10, 15):  # an array at another address ends it, and it begins anew
+        step(i, arrays[0][0], arrays[0][1], arrays[1][2])
+    assert graphs == {"made": 2, "launched": 9 - steps.SETTLED + 5 - steps.SETTLED}
+    x, residual, out = arrays[0][0], arrays[0][1], arrays[1][2]
+    step(15, x, residual, out[:])  # the same addresses
+    assert graphs["launched"] == 9 - steps.SETTLED + 6 - steps.SETTLED
+    for i in range(16, 22):  # addresses in turns: none
+        step(i, *arrays[i % 2])
+    assert graphs == {"made": 2, "launched": 9 - steps.SETTLED + 6 - steps.SETTLED}
+    assert cache.lengths.tolist() == other.lengths.tolist() == [22]
+    assert len(planned) == 1 + 22
+
+
+def test_steps_go_on_where_no_graph_can_be_made(monkeypatch, planned):
+    def refused(bind):
+        raise RuntimeError("CUDA_ERROR_OUT_OF_MEMORY")
+
+    monkeypatch.setattr(steps, "in_graph", refused)
+    layer, xs = make_layer(), tokens(12)
+    cache, other, x = (
+        layer.new_cache(1, 12),
+        layer.new_cache(1, 12),
+        sys.modules["cupy"].zeros(xs[0].shape, xs[0].dtype),
+    )
+    for one in xs:
+        x[...] = one
+        assert same(layer(x, cache, out=x), slowly(layer, other, one))
+    assert len(planned) == 1 + len(xs)
+
+
+def test_long_steps_are_launched_one_by_one(monkeypatch, planned, graphs):
+    """Kernels of a graph begin late, and the GPU is what takes time then."""
+    layer, (x,) = make_layer(), tokens(1)
+    of_a_token = 4 * CONFIG.num_key_value_heads * CONFIG.head_dim
+    weights = 4 * CONFIG.hidden_size * 3 * CONFIG.head_dim
+    monkeypatch.setattr(cuda, "SHORT_STEP", weights + 8 * of_a_token)
+    cache, out = layer.new_cache(1, 40), sys.modules["cupy"].zeros(x.shape, x.dtype)
+    for _ in range(20):
+        layer(x, cache, out=out)
+    assert graphs == {"made": 1, "launched": 8 - 1 - steps.SETTLED}
+    cache.truncate(0)
+    for _ in range(3):
+        layer(x, cache, out=out)
 
 
 def test_what_no_step_takes_is_planned(planned):
