@@ -173,11 +173,8 @@ def test_steps_go_on_where_no_graph_can_be_made(monkeypatch, planned):
 
     monkeypatch.setattr(steps, "in_graph", refused)
     layer, xs = make_layer(), tokens(12)
-    cache, other, x = (
-        layer.new_cache(1, 12),
-        layer.new_cache(1, 12),
-        sys.modules["cupy"].zeros(xs[0].shape, xs[0].dtype),
-    )
+    cache, other = layer.new_cache(1, 12), layer.new_cache(1, 12)
+    x = sys.modules["cupy"].zeros(xs[0].shape, xs[0].dtype)
     for one in xs:
         x[...] = one
         assert same(layer(x, cache, out=x), slowly(layer, other, one))
