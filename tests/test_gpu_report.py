@@ -6,7 +6,9 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
@@ -18,6 +20,7 @@ import small_case
 
 import cupy_attn as ca
 from cupy_attn import cuda, launch, warmup, wgmma
+from cupy_attn.bench import model_config
 from cupy_attn.launch import Launch
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -47,6 +50,17 @@ def test_the_small_case_takes_every_kernel_that_an_import_builds():
     assert not set(warmup.common()) - found
     windowed = {name for name, macros in found if dict(macros).get("WINDOW")}
     assert windowed == {"attend_prefill", "attend_wgmma", "attend_decode"}
+
+
+def test_of_the_two_steps_that_the_host_is_timed_at_one_becomes_a_graph():
+    tokens = gpu_report.HOST_CALLS * gpu_report.HOST_RUNS
+    cache = SimpleNamespace(lengths=np.array([0]))
+    left = [
+        cuda.CudaBackend._short(SimpleNamespace(_config=model_config(model)), SimpleNamespace(batch=1), cache)
+        for model in (gpu_report.SHORT, gpu_report.LONG)
+    ]
+    assert left[0] > tokens
+    assert left[1] < 0
 
 
 def test_small_runs_let_blocks_of_attention_go_from_tile_to_tile_after_a_past():

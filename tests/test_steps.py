@@ -141,7 +141,7 @@ def graphs(monkeypatch):
 
 
 def test_steps_with_the_same_addresses_become_a_graph(planned, graphs):
-    """Until one of them changes, or the cache is long."""
+    """Until one of them changes."""
     layer, xs = make_layer(), tokens(24)
     cache, other, xp = layer.new_cache(1, 40), layer.new_cache(1, 40), sys.modules["cupy"]
     arrays = [[xp.zeros(xs[0].shape, xs[0].dtype) for _ in range(3)] for _ in range(2)]
@@ -191,9 +191,10 @@ def test_long_steps_are_launched_one_by_one(monkeypatch, planned, graphs):
     for _ in range(20):
         layer(x, cache, out=out)
     assert graphs == {"made": 1, "launched": 8 - 1 - steps.SETTLED}
-    cache.truncate(0)
-    for _ in range(3):
+    cache.truncate(0)  # and short ones as a graph again
+    for _ in range(20):
         layer(x, cache, out=out)
+    assert graphs == {"made": 2, "launched": 2 * (8 - 1 - steps.SETTLED)}
 
 
 def test_what_no_step_takes_is_planned(planned):
