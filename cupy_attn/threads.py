@@ -46,11 +46,24 @@ def run_parallel(tasks: Iterable[Callable[[], None]], threads: int) -> None:
     try:
         drain()
     finally:  # after Ctrl-C too: no task outlives the call
-        for helper in helpers:
-            helper.cancel() or helper.exception()
+        _end(helpers, queue)
     for helper in helpers:
         if not helper.cancelled():
             helper.result()
+
+
+def _end(helpers: list[Future[None]], queue: deque[Callable[[], None]]) -> None:
+    """Wait until none of them runs; Ctrl-C meanwhile drops the tasks not yet begun and is raised after that."""
+    interrupt = None
+    for helper in helpers:
+        while not (helper.done() or helper.cancel()):
+            try:
+                helper.exception()
+            except KeyboardInterrupt as error:
+                queue.clear()
+                interrupt = error
+    if interrupt is not None:
+        raise interrupt
 
 
 _turn = threading.Lock()

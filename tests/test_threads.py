@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import signal
 import threading
 import time
 
@@ -208,3 +209,21 @@ def test_blas_has_its_threads_back_after_a_failure(monkeypatch):
         make_layer()(make_hidden(CONFIG, 2, 20))
     assert during[0] == [1] * len(before)
     assert blas_threads() == before
+
+
+def test_ctrl_c_while_a_helper_is_waited_for_waits_for_it():
+    begun, ended = threading.Event(), []
+
+    def task():
+        if threading.current_thread() is threading.main_thread():
+            begun.wait()
+            return
+        begun.set()
+        time.sleep(0.2)
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+        time.sleep(0.3)
+        ended.append(True)
+
+    with pytest.raises(KeyboardInterrupt):
+        run_parallel([task, task], 2)
+    assert ended == [True]
