@@ -72,6 +72,9 @@ attend_decode(const __grid_constant__ Call call)
         if (has_own) copy(own_first, 0, is_v);
         copies_commit();
     }
+    const bool counts_on = call.positions == nullptr;
+    if (!counts_on || at.past > 0)
+        new_at = __ldcg(counts_on ? positions_of(call, at.b) + at.past - 1 : call.positions + at.b * call.seq + at.count - 1);
     const auto find_runs = [&](const Cursor& to) {
         if (!is_keeper) return;
         const Shares shares = kept_shares;
@@ -87,38 +90,35 @@ attend_decode(const __grid_constant__ Call call)
     float new_values[VECTOR];
     const bool is_short = !BY_PIECES && shares.size <= WARPS;  // all of its keys and values are on their way
     if (is_short) let_next_kernel_begin();
-    wait_for_previous_kernel();
-    if (has_new) load8(new_source, new_values);
-    load_query(call, at, group, warp, own_query);
-    // The rest, while those are on their way: the projection has often ended before this kernel comes to its wait.
-    if (threadIdx.x == 0) here = at;
     if (is_keeper) kept_shares = shares;
+    wait_for_previous_kernel();
     // Blocks count themselves when they come to a head, ahead of any wait for others in it and in the one before. So whoever
     // is last waits only for blocks that are under way, in this head or an earlier one. All go through heads in one order, and no
     // circle of waits can be. The answer takes a while.
     const auto arrivals_at = [&](const Cursor& to) { return call.counters + to.b * kept_shares.heads + to.head; };
     const auto arrive = [&](const Cursor& to) { return is_keeper ? atomicAdd(arrivals_at(to), 1) : 0; };
     int before = arrive(at);
-    const bool counts_on = call.positions == nullptr;
-    if (!counts_on || at.past > 0)
-        new_at = __ldcg(counts_on ? positions_of(call, at.b) + at.past - 1 : call.positions + at.b * call.seq + at.count - 1);
+    if (has_new) load8(new_source, new_values);
+    load_query(call, at, group, warp, own_query);
+    // The rest, while those are on their way: the projection has often ended before this kernel comes to its wait.
+    if (threadIdx.x == 0) here = at;
     find_runs(at);
+    if (counts_on) new_at += at.count;
     Cursor ahead = own_first;  // up to STAGES tiles further on than `at`
     if (has_own) go_on(ahead);
     bool more = has_own && find_tile(call, shares, ahead);
-    if (counts_on) new_at += at.count;
     if (more) copy(ahead, 1, false);
     copies_commit();
     normalise_queries(call, shared, at, group, weight, own_query);
+    if (has_new) {  // ahead of the barrier: most often others have queries to normalise
+        const int position = own_first.b == at.b ? new_at : new_position(call, own_first.b, own_first.past, 0);
+        store_new(call, shared, own_first, 0, own_first.past, own_first.kv_head_idx, position, lane, new_values);
+    }
     if (is_keeper) arrived = before;
     copies_wait<3>();  // for all but tiles
     if (!is_short) let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
     __syncthreads();
     if (!ASKS_EARLY && has_own) append(own_first, 0);
-    if (has_new) {
-        const int position = own_first.b == at.b ? new_at : new_position(call, own_first.b, own_first.past, 0);
-        store_new(call, shared, own_first, 0, own_first.past, own_first.kv_head_idx, position, lane, new_values);
-    }
 
     int stage = 0;
     bool is_k_ahead = true;  // the k of the next tile has been asked for

@@ -44,18 +44,22 @@ __device__ __forceinline__ void copy_tile(const Call& call, Shared& shared, cons
         copy16_async(&shared.positions[warp][stage][4 * lane], positions_of(call, to.b) + to.slot + 4 * lane, true);
     STORAGE* const target = is_v ? shared.ring[warp][stage].v : shared.ring[warp][stage].k;
     const STORAGE* const source = is_v ? call.v_cache + (to.k - call.k_cache) : to.k;
-    if (32 % PIECES == 0 && to.slot + TILE <= to.past) {  // a whole tile
+    if (32 % PIECES == 0) {
         constexpr int ROWS_AT_ONCE = 32 / PIECES > 0 ? 32 / PIECES : 1;
-        const unsigned long long policy = read_once();
         const unsigned first = shared_address(target + place_of(lane / PIECES, lane % PIECES));
+        const auto place = [&](int row) {
+            static_assert(!SWIZZLED || 32 % PIECES != 0 || IS_XOR, "rows and pieces are bits of an address");
+            return (SWIZZLED ? further_address(first, row & 7) : first) + row * KV_STRIDE * 2;
+        };
+        if (to.slot + TILE <= to.past) {  // a whole tile
+            const unsigned long long policy = read_once();
 #pragma unroll
-        for (int row = 0; row < TILE; row += ROWS_AT_ONCE) {
-            unsigned place = first + row * KV_STRIDE * 2;
-            if (SWIZZLED) {
-                static_assert(!SWIZZLED || 32 % PIECES != 0 || IS_XOR, "rows and pieces are bits of an address");
-                place = further_address(first, row & 7) + row * KV_STRIDE * 2;
-            }
-            copy16_async(place, source + row * HEAD_DIM, true, policy);
+            for (int row = 0; row < TILE; row += ROWS_AT_ONCE) copy16_async(place(row), source + row * HEAD_DIM, true, policy);
+        } else {
+            const int past = work_out_here(to.past) - to.slot - lane / PIECES, end = past + to.count;  // others are new
+#pragma unroll  // as a loop it took the warp with the new token a microsecond, for which the others wait
+            for (int row = 0; row < TILE; row += ROWS_AT_ONCE)
+                if (row < past || row >= end) copy16_async(place(row), source + row * HEAD_DIM, row < past);
         }
     } else {
 #pragma unroll 1
