@@ -38,6 +38,10 @@ attend_decode(const __grid_constant__ Call call)
     __shared__ Cursor here;
     __shared__ Shares kept_shares;
 
+    // The next kernel begins when all blocks have said so. Half of them say when, and the others, of which some find room only when the
+    // projection has ended, do not hold it up.
+    const bool says_when = blockIdx.x < (gridDim.x + 1) / 2;
+    if (!says_when) let_next_kernel_begin();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
     const bool is_keeper = threadIdx.x == WARPS / 2 * 32;  // of accounts; most often other warps have queries and new tokens
     const int group = call.num_q_heads / call.num_kv_heads;
@@ -49,6 +53,8 @@ attend_decode(const __grid_constant__ Call call)
     const int runs_at_most = most_runs(call, heads_a_sequence);
     const SequenceTiles mine = sequence_tiles(call, lane, work_out_here(past));
     const Shares shares = share_out(call, heads_a_sequence, runs_at_most, mine);
+    const bool is_short = !BY_PIECES && shares.size <= WARPS;  // all of its keys and values are asked for at once
+    if (is_short && says_when) let_next_kernel_begin();
     Cursor at;
     if (!find(call, shares, mine, blockIdx.x, at)) {
         wait_for_previous_kernel();  // the next kernel takes the end of this one for the end of that one, too
@@ -88,8 +94,6 @@ attend_decode(const __grid_constant__ Call call)
     const bool has_new = ASKS_EARLY && has_own && has_new_tokens(own_first) && lane < 2 * PIECES;
     const float* const new_source = has_new ? new_piece(call, own_first.b, 0, own_first.kv_head_idx, lane) : nullptr;
     float new_values[VECTOR];
-    const bool is_short = !BY_PIECES && shares.size <= WARPS;  // all of its keys and values are on their way
-    if (is_short) let_next_kernel_begin();
     if (is_keeper) kept_shares = shares;
     wait_for_previous_kernel();
     // Blocks count themselves when they come to a head, ahead of any wait for others in it and in the one before. So whoever
@@ -116,7 +120,7 @@ attend_decode(const __grid_constant__ Call call)
     }
     if (is_keeper) arrived = before;
     copies_wait<3>();  // for all but tiles
-    if (!is_short) let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
+    if (!is_short && says_when) let_next_kernel_begin();  // its weights would stand in the way of what has been waited for until now
     __syncthreads();
     if (!ASKS_EARLY && has_own) append(own_first, 0);
 
