@@ -25,6 +25,15 @@ __device__ __forceinline__ void take_all_registers() {
 #endif
 }
 
+// Loads of a thread that are asked for before some have come. Of a block's 32 KB under way at once a tile of attention beside it takes
+// 0.8 us longer, of 16 KB it does not (docs/decode-notes.md, version 32).
+constexpr int AT_A_TIME = 4;
+
+// Wait for a load to registers: who looks at it does.
+__device__ __forceinline__ void wait_for(const uint4& loaded) {
+    if (loaded.x == 0x7fc1deadu) __nanosleep(20);  // of no consequence
+}
+
 // The k at which this thread's 8 elements of a step begin.
 __device__ __forceinline__ int first_k(int step) { return step * STEP + threadIdx.x % 4 * 8; }
 
@@ -64,12 +73,17 @@ struct Rows {
         const int row = threadIdx.x % 32 / 4;
         mine = w + static_cast<long long>(row) * k_size;
         rows_left = num_rows - row;
+        const auto is_time = [](int step) { return (step + 1) % max(AT_A_TIME / Tiles, 1) == 0 && step + 1 < ROUND; };
 #pragma unroll
-        for (int u = 0; u < min(Unroll, ROUND); ++u) load(loaded[u], first_k(threadIdx.x / 32 + u * WARPS));
+        for (int u = 0; u < min(Unroll, ROUND); ++u) {
+            load(loaded[u], first_k(threadIdx.x / 32 + u * WARPS));
+            if (is_time(u)) wait_for(loaded[u][Tiles - 1]);
+        }
 #pragma unroll
         for (int u = 0; u < LATER<Tiles>; ++u) {
             if (Unroll + u < ROUND) copy<true>(own.steps[u], first_k(threadIdx.x / 32 + (Unroll + u) * WARPS));
             else copies_commit();  // of nothing: groups are counted
+            if (is_time(Unroll + u)) copies_wait<0>();
         }
     }
 

@@ -10,6 +10,7 @@
 namespace gemv {
 
 constexpr int LINE = 256;  // elements of a step
+constexpr int LINES_AT_A_TIME = 6;  // as AT_A_TIME
 
 // One block's rows of W, of 2 Unit LINE elements: as many as other blocks have, a multiple of 4, or what is left. Of a warp's units
 // AT_ONCE are under way at a time, LATER of their steps to shared memory and the others to registers. Parts: of v.
@@ -42,7 +43,10 @@ struct Lines {
         next = w + warp * (Unit * LINE) + threadIdx.x % 32 * 8;
         units = 2 * min(rows_left, rows), units_left = units - warp;
 #pragma unroll
-        for (int i = 0; i < DEPTH; ++i) ask(i);
+        for (int i = 0; i < DEPTH; ++i) {
+            ask(i);
+            if (i < SOONER && (i + 1) % LINES_AT_A_TIME == 0) wait_for(loaded[min(i, SOONER - 1)]);
+        }
         advance();
     }
 
