@@ -133,7 +133,8 @@ __device__ __forceinline__ Shares share_out(const Call& call, int heads_a_sequen
         least = __reduce_min_sync(0xffffffffu, least);
     }
     if (!BY_PIECES && most == least && runs_at_most > 0) {
-        const int runs = most <= ALONE ? 1 : min(runs_at_most, (most + WARPS - 1) / WARPS);
+        if (most <= ALONE) return {heads_a_sequence, max(1, most), most > 0, 0};
+        const int runs = min(runs_at_most, (most + WARPS - 1) / WARPS);
         const int size = max(1, small_quotient(most + runs - 1, runs));
         return {heads_a_sequence, size, small_quotient(most + size - 1, size), 0};
     }
@@ -262,7 +263,8 @@ __device__ __forceinline__ SequenceTiles of_lane(const SequenceTiles& s, int sou
 __device__ __forceinline__ bool find(const Call& call, const Shares& shares, const SequenceTiles& mine, int block, Cursor& at) {
     const int lane = threadIdx.x % 32;
     if (shares.whole_runs > 0 && call.batch <= 32) {  // nothing has to be looked for
-        const int place = small_quotient(block, shares.whole_runs);  // of the head, among those of all sequences
+        // Of the head, among those of all sequences.
+        const int place = shares.whole_runs == 1 ? block : small_quotient(block, shares.whole_runs);
         const int b = call.batch > 1 ? small_quotient(place, shares.heads) : 0;
         if (place >= call.batch * shares.heads) return false;
         const int width = shares.whole_runs * shares.size;
