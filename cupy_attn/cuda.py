@@ -116,7 +116,8 @@ def specialisations(
             one
             for offered in decoding
             for batch, seq in DECODES
-            for one in wgmma.decode(config, shape, offered, batch, seq)
+            for each in shapes
+            for one in wgmma.decode(config, each, offered, batch, seq)
         ),
     ]
     return list(dict.fromkeys((one.name, one.macros) for one in launches))

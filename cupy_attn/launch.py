@@ -314,16 +314,21 @@ def _gemv(
 
 
 def decode_project(config: AttentionConfig, shape: Shape, limits: Limits, batch: int) -> Launch | None:
-    """Launch of ``decode_project.cu``, or None for more tokens than it takes."""
+    """Launch of ``decode_project.cu``, or of the one for folded weights; None for more tokens than they take."""
     size, rows = config.hidden_size, config.q_size + 2 * config.kv_size
     norm, rows_of_x = -(-size // 32) * 32 * 4, batch * (-(-size // 64) * 64 + 32) * 2
     if batch > DECODE_VECTORS or norm + rows_of_x + GEMV_STATIC_SMEM > limits.block_smem:
         return None
     halves = batch * (-(-size // 32) * 8 + 1) * 16
     once = batch <= NORMALISED_ONCE and norm + halves + GEMV_STATIC_SMEM <= limits.block_smem
+    is_one = batch == 1 and (once or shape.folded)
+    grid, how = _gemv(rows, size, limits, (4, 3, 2, 5), PROJECT_STEPS, is_one=is_one)
+    if shape.folded:
+        macros = macros_of(plain(shape), MANY=batch > NORMALISED_ONCE and 1, **how)
+        smem = size * 2 if "UNIT" in how else 0 if how["STEPS"] else rows_of_x
+        return Launch("decode_project_folded", macros, grid, GEMV_THREADS, smem, overlaps=True)
     warps = GEMV_THREADS // 32 >> (batch - 1).bit_length()  # to a token
     held = min(-(-size // (warps * 32 * 8)), 2) if once else 0
-    grid, how = _gemv(rows, size, limits, (4, 3, 2, 5), PROJECT_STEPS, is_one=batch == 1 and once)
     macros = macros_of(plain(shape), HELD=held, **how)
     smem = norm + (halves if once else rows_of_x)
     return Launch("decode_project", macros, grid, GEMV_THREADS, smem, overlaps=True)

@@ -112,14 +112,16 @@ struct Rows {
 
     // Leave each warp's sums, vector m times row n of W, in its memory. `fetch(k, ahead, parts)` gives this thread's elements k to
     // k + 7, `ahead` of its first, of vector l / 4, float16, zero where there are none: as they are, or, as 2 Parts, pairs of high
-    // and pairs of low halves in turns. It is asked for AtOnce steps at a time.
-    template <int Parts, int AtOnce, typename Fetch>
-    __device__ __forceinline__ void multiply(Fetch fetch) {
+    // and pairs of low halves in turns. It is asked for AtOnce steps at a time. Then `also` has them, the first of their parts.
+    template <int Parts, int AtOnce, typename Fetch, typename Also>
+    __device__ __forceinline__ void multiply(Fetch fetch, Also also) {
         const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
         const int steps = (k_size + STEP - 1) / STEP;
+        // With one part two tiles of W are the 16 rows of A, and the vectors B: half as many products.
+        constexpr bool W_FIRST = Parts == 1 && Tiles > 1;
         // Products wait for the one before them, or for those of other tiles.
-        constexpr int CHAINS = Tiles > 1 ? 1 : HAS_ALL ? 4 : 2;
-        float total[Tiles][CHAINS][4] = {};
+        constexpr int SUMS = W_FIRST ? (Tiles + 1) / 2 : Tiles, CHAINS = Tiles == 1 ? (HAS_ALL ? 4 : 2) : W_FIRST && HAS_ALL ? 2 : 1;
+        float total[SUMS][CHAINS][4] = {};
 #pragma unroll 1
         for (int first = warp; HAS_ALL || first < steps; first += DEPTH * WARPS) {
             const bool more = !HAS_ALL && first + DEPTH * WARPS < steps;
@@ -139,21 +141,27 @@ struct Rows {
 #pragma unroll
                     for (int t = 0; t < Tiles; ++t)
                         w[t] = step < Unroll ? loaded[step % Unroll][t] : own.steps[max(step - Unroll, 0)][t][lane];
-                    // High parts are rows 0 to 7 of A, low parts rows 8 to 15. One part is A as it is, too, which spares moves,
-                    // where there are registers for more sums: its pairs are rows 0 to 7 and 8 to 15 in turns, and with W's
-                    // elements for the ones the others' sums are of no use.
-                    constexpr bool IN_TURNS = Parts == 1 && CHAINS > 1, PADDED = Parts == 1 && CHAINS == 1;
                     const uint4 a = vector[u][0], b = vector[u][Parts - 1];
-                    const unsigned rows[2][4] = {
-                        {a.x, PADDED ? 0 : a.y, PADDED ? a.y : a.z, PADDED ? 0 : a.w},
-                        {PADDED ? a.z : b.x, PADDED ? 0 : b.y, PADDED ? a.w : b.z, PADDED ? 0 : b.w},
-                    };
+                    if constexpr (W_FIRST) {
 #pragma unroll
-                    for (int t = 0; t < Tiles; ++t) {
-                        const int chain = 2 * step % CHAINS;
-                        multiply_add(total[t][chain], rows[0], w[t].x, IN_TURNS ? w[t].z : w[t].y);
-                        multiply_add(total[t][(chain + 1) % CHAINS], rows[1], IN_TURNS ? w[t].y : w[t].z, w[t].w);
+                        for (int t = 0; t < Tiles; t += 2) {
+                            const uint4 c = w[t], d = t + 1 < Tiles ? w[min(t + 1, Tiles - 1)] : make_uint4(0, 0, 0, 0);
+                            const unsigned rows[2][4] = {{c.x, d.x, c.y, d.y}, {c.z, d.z, c.w, d.w}};
+                            multiply_add(total[t / 2][0], rows[0], a.x, a.y);
+                            multiply_add(total[t / 2][CHAINS - 1], rows[1], a.z, a.w);
+                        }
+                    } else {
+                        // High parts are rows 0 to 7 of A, low parts rows 8 to 15. One part is A as it is, too, which spares moves: its
+                        // pairs are rows 0 to 7 and 8 to 15 in turns, and with W's elements for the ones the others' sums are of no use.
+                        const unsigned rows[2][4] = {{a.x, a.y, a.z, a.w}, {b.x, b.y, b.z, b.w}};
+#pragma unroll
+                        for (int t = 0; t < Tiles; ++t) {
+                            const int chain = 2 * step % CHAINS;
+                            multiply_add(total[t][chain], rows[0], w[t].x, Parts == 1 ? w[t].z : w[t].y);
+                            multiply_add(total[t][(chain + 1) % CHAINS], rows[1], Parts == 1 ? w[t].y : w[t].z, w[t].w);
+                        }
                     }
+                    also(a);
                     if (step < Unroll) {
                         if (more) load(loaded[step % Unroll], next_k);
                     } else if (more) {
@@ -166,18 +174,33 @@ struct Rows {
             if (HAS_ALL) break;
         }
         __syncwarp();  // sums lie where steps were
+        const int row = lane / 4, column = lane % 4 * 2;
 #pragma unroll
-        for (int t = 0; t < Tiles; ++t) {
-            float* const place = own.sums + lane / 4 * (TILE * Tiles) + t * TILE + lane % 4 * 2;
-            float2 sum = make_float2(0.0f, 0.0f);
+        for (int t = 0; t < SUMS; ++t) {
+            if constexpr (W_FIRST) {
 #pragma unroll
-            for (int c = 0; c < CHAINS; ++c) {
-                const bool is_second = Parts == 1 && c % 2 == 1;
-                sum.x += total[t][c][is_second ? 2 : 0], sum.y += total[t][c][is_second ? 3 : 1];
-                if (Parts == 2) sum.x += total[t][c][2], sum.y += total[t][c][3];
+                for (int e = 0; e < 4; ++e) {
+                    const int n = (2 * t + e / 2) * TILE + row;
+                    float sum = total[t][0][e];
+                    if (CHAINS > 1) sum += total[t][CHAINS - 1][e];
+                    if (n < TILE * Tiles) own.sums[(column + e % 2) * (TILE * Tiles) + n] = sum;
+                }
+            } else {
+                float2 sum = make_float2(0.0f, 0.0f);
+#pragma unroll
+                for (int c = 0; c < CHAINS; ++c) {
+                    const bool is_second = Parts == 1 && c % 2 == 1;
+                    sum.x += total[t][c][is_second ? 2 : 0], sum.y += total[t][c][is_second ? 3 : 1];
+                    if (Parts == 2) sum.x += total[t][c][2], sum.y += total[t][c][3];
+                }
+                *reinterpret_cast<float2*>(own.sums + row * (TILE * Tiles) + t * TILE + column) = sum;
             }
-            *reinterpret_cast<float2*>(place) = sum;
         }
+    }
+
+    template <int Parts, int AtOnce, typename Fetch>
+    __device__ __forceinline__ void multiply(Fetch fetch) {
+        multiply<Parts, AtOnce>(fetch, [](const uint4&) {});
     }
 
     // Sum `i`, over the warps and always in the same order, of sums that `multiply` left: vector i / (8 Tiles), row of W

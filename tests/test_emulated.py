@@ -180,6 +180,27 @@ def test_decode_of_one_token_reads_long_rows_as_lines(monkeypatch, hidden, q_hea
     call(layer, filled_cache(layer, [20], 21), 1)
 
 
+# Columns, multiprocessors and tokens: all of x at once or by way of shared memory, 3, 4 and 5 tiles of rows a block; lines.
+FOLDED = (
+    (1024, 16, 1), (1024, 16, 8), (768, 24, 3), (1088, 16, 2), (1344, 12, 8), (768, 6, 5), (2048, 8, 1), (2560, 6, 1),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("scale", [2.0**-12, 1.0, 2.0**9])
+@pytest.mark.parametrize(("hidden", "num_sms", "tokens"), FOLDED)
+def test_decode_by_weights_that_have_the_norms_in_them(monkeypatch, hidden, num_sms, tokens, scale):
+    """x is multiplied as it is, whatever its size, and one column of it is a hundred times the others."""
+    emulated_gpu.pretend(monkeypatch, num_sms=num_sms)
+    layer = make_layer(config_of(2, 1, 128, hidden, attention_bias=tokens == 2), "float16", TAME)
+    shape, gpu = layer._backend._shape, layer._backend._limits
+    one = launch.decode_project(layer.config, shape, gpu, tokens)
+    assert one.name == "decode_project_folded"
+    cache = filled_cache(layer, [*range(tokens)], tokens + 1)
+    x = make_hidden(layer.config, tokens, 1, dtype="float16").astype(np.float32) * scale
+    x[..., 5] *= 100
+    call(layer, cache, 1, x=np.clip(x, -65504, 65504).astype(np.float16))
+
+
 @pytest.mark.parametrize("num_sms", [1, 2, 3, 40])
 def test_decode_on_gpus_of_any_size(monkeypatch, num_sms):
     emulated_gpu.pretend(monkeypatch, num_sms)

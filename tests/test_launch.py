@@ -91,7 +91,7 @@ def test_launches_that_fit_the_gpu(name, gpu):
             names = [one.name for one in launches]
             assert len(names) == (4 if names[0] == "normalise_rows" else 3)
             for one in launches:
-                static = launch.GEMV_STATIC_SMEM if one.name in ("decode_project", "decode_output") else 0
+                static = launch.GEMV_STATIC_SMEM if one.name.startswith(("decode_project", "decode_output")) else 0
                 assert one.smem_bytes + static <= limits.block_smem, one
                 assert 1 <= one.grid < 2**31
                 assert one.threads % 32 == 0
