@@ -36,6 +36,8 @@ MORE_FEW_TILES = ((140, (2, 2), 512, 54), (140, (2, 2), 512, 16), (140, (2, 2), 
 # at once only in the first case; and tokens. Heads, columns and multiprocessors for which decode_output takes 1, 2 and
 # 3, and never all at once.
 PROJECT_TILES = ((776, 32, (1, 4, 8)), (1032, 32, (4, 8)), (1288, 43, (4, 8)), (520, 26, (4, 8)))
+# The same for decode_project_folded, of columns for which there are weights with the input norm's in them.
+FOLDED_TILES = ((1024, 32, (1, 8)), (1088, 32, (4, 8)), (1344, 43, (4, 8)), (768, 26, (4, 8)))
 OUTPUT_TILES = (((18, 2), 128, None), ((18, 2), 128, 4), ((10, 2), 512, 22))
 # Heads, columns and multiprocessors for which decode_project and decode_output read rows as lines, 4, 5, 8 and 10 steps
 # to a unit and 8, 10 and 16, in one round of units and in several.
@@ -106,9 +108,18 @@ def small_runs() -> list[Small]:
             for batch in batches
         ),
         *(
+            Small("float16", False, batch=batch, calls=(1,), hidden_size=hidden_size, num_sms=num_sms)
+            for hidden_size, num_sms, batches in FOLDED_TILES
+            for batch in batches
+        ),
+        *(
             Small(dtype, False, calls=(1,), heads=heads, hidden_size=hidden_size, num_sms=num_sms)
             for dtype in DTYPES
             for heads, hidden_size, num_sms in OUTPUT_TILES + LINES
+        ),
+        *(
+            Small("float16", False, calls=(1,), heads=heads, hidden_size=hidden_size, num_sms=num_sms, rest=True)
+            for heads, hidden_size, num_sms in LINES[:4]
         ),
         *(Small(*kind, calls=(20, 1), heads=(16, 1)) for kind in both),
         Small("float16", False, calls=(1030, 1), heads=(16, 1), num_sms=1),  # two tiles of keys at a time
