@@ -36,8 +36,8 @@ def test_the_table_says_what_the_rest_is_good_for():
         assert 0 < with_rest < without or row[-1] == "no"
 
 
-def test_the_table_says_why_other_kernels_take_the_weights_as_they_are():
-    result = CliRunner().invoke(rest_table.main, ["--refused", "--past", "30", "--new", "8", "--draws", "2"])
+def test_the_table_says_what_weights_with_the_norm_in_them_cost():
+    result = CliRunner().invoke(rest_table.main, ["--folded", "--past", "30", "--new", "8", "--draws", "2"])
     assert result.exit_code == 0, result.output
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in result.output.splitlines()[2:]]
     assert [row[0] for row in rows] == [dtype for dtype in rest_table.DTYPES for _ in rest_table.CASES]

@@ -1,12 +1,13 @@
 """The tables of docs/numerics.md on K's products with what rounding hidden states leaves over, which some layers omit.
 
     python tools/rest_table.py [--past 130] [--new 64] [--draws 48]
-    python tools/rest_table.py --refused --new 2 --draws 24
+    python tools/rest_table.py --folded --new 2 --draws 24
 
 Simulates Hopper's prefill on the normal path in float64, with every rounding of its kernels, of the 0.6B shape: with
 hidden states that are exact for keys; and without, where float16 layers have weights with the input norm's in them
-instead of rounded hidden states. Errors are those of the new tokens, the largest over the draws. ``--refused``: what
-such weights would cost where no kernel takes them, bfloat16 in prefill and float16 in decode.
+instead of rounded hidden states. Errors are those of the new tokens, the largest over the draws. ``--folded``: what
+such weights cost in decode of up to 8 tokens with float16, which rounds no hidden states, and would cost in prefill
+with bfloat16, where no kernel takes them.
 """
 
 from __future__ import annotations
@@ -69,12 +70,13 @@ def taken(dtype: str, *, rest: bool) -> str | None:
 
 
 def simulate(
-    config: AttentionConfig, weights: AttentionWeights, x: np.ndarray, *, rest: bool, folded: str | None
-) -> np.ndarray:
+    config: AttentionConfig, weights: AttentionWeights, x: np.ndarray, *, rest: bool, folded: str | None,
+    is_exact: bool = False,
+) -> np.ndarray:  # fmt: skip
     """Return y of a prompt x [1, S, H], in float64, as the kernels round.
 
-    ``rest``: keys as if hidden states were exact. ``folded``: the dtype of weights with the input norm's in them, or
-    None; without the rest they are multiplied with hidden states as they are.
+    ``rest``: keys as if hidden states were exact; ``is_exact``: queries and values, too. ``folded``: the dtype of
+    weights with the input norm's in them, or None; without the rest they are multiplied with hidden states as they are.
     """
     half, store = rounding("float16"), rounding(weights.dtype.name)
     w = {name: tensor.astype(np.float64) for name, tensor in weights.tensors().items()}
@@ -85,7 +87,8 @@ def simulate(
         w["qkv_proj"] = rounding(folded)(w["qkv_proj"] * scale) / scale
         w["input_norm"] = np.ones_like(w["input_norm"])
     exact = ops.rms_norm(x.astype(np.float64), w["input_norm"], config.rms_norm_eps)
-    q, k, v = ops.split_heads(ops.project_qkv(exact if folded and not rest else half(exact), w["qkv_proj"]), *heads)
+    hidden = exact if is_exact or (folded and not rest) else half(exact)
+    q, k, v = ops.split_heads(ops.project_qkv(hidden, w["qkv_proj"]), *heads)
     if rest:
         k = ops.split_heads(ops.project_qkv(exact, w["qkv_proj"]), *heads)[1]
     k, v = store(k), store(v)
@@ -124,16 +127,16 @@ def errors(
 @click.option("--past", type=click.IntRange(min=0), default=130, show_default=True, help="Tokens before those.")
 @click.option("--new", type=click.IntRange(min=1), default=64, show_default=True, help="Tokens whose errors count.")
 @click.option("--draws", type=click.IntRange(min=1), default=48, show_default=True)
-@click.option("--refused", is_flag=True, help="Instead: weights with the input norm's in them where none are taken.")
-def main(past: int, new: int, draws: int, *, refused: bool) -> None:
+@click.option("--folded", is_flag=True, help="Instead: weights with the input norm's in them, in decode or refused.")
+def main(past: int, new: int, draws: int, *, folded: bool) -> None:
     """Print the table as Markdown; errors in units of 1e-3."""
-    columns = ("as it is", "with the norm in the weights") if refused else ("with the rest", "without")
+    columns = ("as it is", "with the norm in the weights") if folded else ("with the rest", "without")
     head = "storage", "norm weights", "largest product", "rms(w_q) rms(w_k)", *columns, "has the rest"
     click.echo(f"| {' | '.join(head)} |\n{'|---' * len(head)}|")
     for dtype in DTYPES:
         kinds = [{"rest": rest, "folded": taken(dtype, rest=rest)} for rest in (True, False)]
-        if refused:  # decode in float16 has the rest, prefill in bfloat16 has not
-            kinds = [{"rest": dtype == "float16", "folded": folded} for folded in (None, dtype)]
+        if folded:  # decode in float16 has hidden states in two parts, prefill in bfloat16 rounds them
+            kinds = [{"rest": False, "folded": of, "is_exact": dtype == "float16"} for of in (None, dtype)]
         for name, change in CASES.items():
             weights, ((with_l2, with_max), (l2, largest)) = errors(dtype, change, kinds, past, new, draws)
             product = largest_pair_product(weights.q_norm, weights.k_norm)
