@@ -200,7 +200,7 @@ class CudaBackend:
         if self._ready is not None:
             self._set(**self._ready.pointers(), **self._ready.scalars, hidden_size=config.hidden_size,
                       num_q_heads=config.num_attention_heads, num_kv_heads=config.num_key_value_heads,
-                      max_position=config.lasting_positions, window=self._window or 0,
+                      group=config.group, max_position=config.lasting_positions, window=self._window or 0,
                       eps=config.rms_norm_eps)  # fmt: skip
 
     @functools.cached_property
@@ -395,6 +395,8 @@ class CudaBackend:
             buffers["qkv"] = (batch * seq, (heads + 2 * kv_heads) * dim), np.float32
             if few:
                 buffers["partial"] = (max(launch.few_floats(one) for one in few),), np.float32
+            runs, least = launch.lone_runs(config, batch, seq, attend) if plan.unpadded else (0, 0)
+            self._set(lone_runs=runs, lone_least=least)
             counts += [head_counters, *(launch.few_counters(one) for one in few)]
         else:
             buffers["q"] = (parts, batch * seq, heads, dim), np.float16

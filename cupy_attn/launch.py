@@ -44,7 +44,7 @@ _POINTERS = (
 )  # fmt: skip
 _INTEGERS = (
     "batch", "seq", "hidden_size", "num_q_heads", "num_kv_heads", "capacity", "scratch_capacity", "past_tiles",
-    "heads_together", "max_position", "window",
+    "heads_together", "group", "lone_runs", "lone_least", "max_position", "window",
 )  # fmt: skip
 _FLOATS = (
     "eps", "qkv_scale", "qkv_unscale", "folded_rescale", "o_unscale", "rest_unscale", "score_scale", "v_scale",
@@ -259,6 +259,18 @@ def decode_parts(config: AttentionConfig, batch: int, seq: int, one: Launch) -> 
     heads = batch * config.num_key_value_heads * -(-config.group * seq // rows)
     runs = heads * MOST_PIECES if "BATCH_INVARIANT" in dict(one.macros) else one.grid
     return (runs + heads) * min(rows, config.group * seq) * (config.head_dim // 2), heads
+
+
+def lone_runs(config: AttentionConfig, batch: int, seq: int, one: Launch) -> tuple[int, int]:
+    """Return a call's ``lone_runs`` and ``lone_least`` (``lone.cuh``): how blocks share out a lone sequence's keys.
+
+    The first is how many blocks of ``attend_decode.cu`` a head has at most for its one token, 0 for other calls; the
+    second how many tiles each of them has at least, if there are several.
+    """
+    macros, runs = dict(one.macros), one.grid // config.num_key_value_heads
+    if batch * seq > 1 or "BATCH_INVARIANT" in macros or config.group > 8 * _head_tiles(config, seq) or runs < 2:
+        return 0, 0
+    return runs, int(macros["WARPS"])
 
 
 def _gemv_tiles(sizes: tuple[int, ...], rows: int, limits: Limits) -> int:

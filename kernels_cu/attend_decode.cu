@@ -4,7 +4,7 @@
 // The new tokens' k and v are rounded to the storage dtype, appended to the cache and attended to like the rest, by those
 // of them that come no earlier.
 //
-// Every block takes an equal run of all tiles of 16 keys (shares.cuh). Where a run crosses from one head to the next the
+// Every block takes an equal run of all tiles of 16 keys (shares.cuh, lone.cuh). Where a run crosses from one head to the next the
 // block sums up each on its own. Warps take the tiles in turns, each with a ring of its own and no barrier before the
 // head's end.
 //
@@ -33,7 +33,7 @@ attend_decode(const __grid_constant__ Call call)
     Shared& shared = *reinterpret_cast<Shared*>(smem);
     __shared__ bool is_last;  // of the blocks that have a part in the head
     __shared__ int arrived;   // blocks at the head before this one; the keeper's, kept here since registers are short
-    __shared__ int2 runs;  // of a head: the first block, or piece, that has a part in it, and how many have
+    __shared__ int3 runs;  // of a head: the first block, or piece, that has a part in it, how many have, and which of them this one is
     // What is not needed within a head, since registers are short: where the first warp entered it, and how all is shared out.
     __shared__ Cursor here;
     __shared__ Shares kept_shares;
@@ -44,19 +44,26 @@ attend_decode(const __grid_constant__ Call call)
     if (!says_when) let_next_kernel_begin();
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, quad = lane % 4;
     const bool is_keeper = threadIdx.x == WARPS / 2 * 32;  // of accounts; most often other warps have queries and new tokens
-    const int group = call.num_q_heads / call.num_kv_heads;
-    const int queries = IS_ONE ? group : group * call.seq;  // of a KV head and sequence
-    const int heads_a_sequence = call.num_kv_heads * ((queries + ROWS - 1) / ROWS);
+    const int group = call.group, queries = IS_ONE ? group : group * call.seq;  // of a KV head and sequence
     const int past = __ldcg(call.lengths + min(lane, call.batch - 1));  // on its way while tables are asked for
     __syncwarp();  // or the compiler asks for tables first
     copy_tables(call, shared);
-    const int runs_at_most = most_runs(call, heads_a_sequence);
-    const SequenceTiles mine = sequence_tiles(call, lane, work_out_here(past));
-    const Shares shares = share_out(call, heads_a_sequence, runs_at_most, mine);
+    Shares shares;
+    Cursor at;
+    bool is_there;
+    if (IS_ONE && !BY_PIECES && call.lone_runs > 0) {
+        const int own_past = work_out_here(past);
+        is_there = enter(call, find_lone_run(call, own_past, IS_WINDOWED), own_past, shares, at);
+    } else {
+        const int heads_a_sequence = call.num_kv_heads * ((queries + ROWS - 1) / ROWS);
+        const int runs_at_most = most_runs(call, heads_a_sequence);
+        const SequenceTiles mine = sequence_tiles(call, lane, work_out_here(past));
+        shares = share_out(call, heads_a_sequence, runs_at_most, mine);
+        is_there = find(call, shares, mine, blockIdx.x, at);
+    }
     const bool is_short = !BY_PIECES && shares.size <= WARPS;  // all of its keys and values are asked for at once
     if (is_short && says_when) let_next_kernel_begin();
-    Cursor at;
-    if (!find(call, shares, mine, blockIdx.x, at)) {
+    if (!is_there) {
         wait_for_previous_kernel();  // the next kernel takes the end of this one for the end of that one, too
         copies_wait<0>();
         return;
@@ -86,6 +93,7 @@ attend_decode(const __grid_constant__ Call call)
         const Shares shares = kept_shares;
         runs.x = BY_PIECES ? to.begin : quotient(to.begin, shares.size);
         runs.y = BY_PIECES ? to.width : quotient(to.begin + to.width - shares.crossing - 1, shares.size) - runs.x + 1;
+        runs.z = BY_PIECES || shares.in_turns ? to.piece : static_cast<int>(blockIdx.x) - runs.x;
     };
     Quads weight, own_query;
     load_q_norm(call, weight);
@@ -207,14 +215,13 @@ attend_decode(const __grid_constant__ Call call)
         }
         if (goes_on) before = arrive(next);
         __syncthreads();
-        const int first_run = runs.x, num_runs = runs.y, head_idx = at.b * kept_shares.heads + at.head;
+        const int first_run = runs.x, num_runs = runs.y, own_run = runs.z, head_idx = at.b * kept_shares.heads + at.head;
         const auto attention_of = [&](int r) {  // of row r
             const int query = at.first_row + r, token = IS_ONE ? 0 : query / group;
             const long long m = IS_ONE ? at.b : static_cast<long long>(at.b) * call.seq + token;
             const int q_head_idx = at.kv_head_idx * group + query - token * group;
             return call.attention + (m * call.num_q_heads + q_head_idx) * HEAD_DIM;
         };
-        const int own_run = BY_PIECES ? at.piece : static_cast<int>(blockIdx.x) - first_run;
         const int part_size = min(ROWS, queries) * (HEAD_DIM / 2);
         uint4* const parts = call.parts + static_cast<long long>(first_run + head_idx) * part_size;
         // A warp takes 64 dims of a row, or of two where there are many.

@@ -73,6 +73,8 @@ struct Call {
     int scratch_capacity;
     int past_tiles;    // PAST_ROWS-row tiles of the longest cached sequence
     int heads_together;  // KV heads that attend_wgmma goes through before it comes to others
+    int group;         // Hq / Hkv
+    int lone_runs, lone_least;  // see LoneRun in lone.cuh, or 0
     int max_position;  // positions are below this
     int window;        // largest difference of positions a query sees, plus one
     float eps;         // rms_norm_eps, in units of x^2

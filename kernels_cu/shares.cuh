@@ -12,10 +12,9 @@
 // up on its own. Places, widths and shares count pieces then, not tiles.
 // -D: those of call.cuh, HEAD_TILES, WARPS, WINDOW, SEVERAL (more than one new token a sequence), BATCH_INVARIANT, HALVES, PAIRED.
 #pragma once
-#include "call.cuh"
+#include "lone.cuh"
 
 constexpr int ROWS = 8 * HEAD_TILES;  // queries of a head, at most
-constexpr int TILE = 16;              // keys
 constexpr int ALONE = 2 * WARPS;             // tiles that one block does sooner than several that have to meet
 constexpr int CROSSING = 32;  // tiles that others do while a block goes from one head to the next
 
@@ -23,6 +22,12 @@ constexpr int CROSSING = 32;  // tiles that others do while a block goes from on
 constexpr bool IS_ONE = false;
 #else
 constexpr bool IS_ONE = true;
+#endif
+
+#ifdef WINDOW
+constexpr bool IS_WINDOWED = true;
+#else
+constexpr bool IS_WINDOWED = false;
 #endif
 
 // HALVES: a head has at most 4 queries, and they are rotated twice, for keys 0 to 7 of a tile and for the others (decode_tile.cuh).
@@ -48,12 +53,6 @@ constexpr int LEAST_PIECE = 16, MOST_PIECES = 16;  // tiles, pieces of a head
 // What is counted here is not negative, which the compiler does not know.
 __device__ __forceinline__ int quotient(unsigned dividend, unsigned divisor) { return dividend / divisor; }
 
-// The same of a dividend below 2^21, in half the time: the half keeps it clear of whole numbers by more than rounding takes. So heads
-// have up to 2^20 tiles, 16 million keys.
-__device__ __forceinline__ int small_quotient(int dividend, int divisor) {
-    return static_cast<int>(__fdividef(dividend + 0.5f, divisor));
-}
-
 // Tiles of a piece of a head with so many, and how many pieces that makes.
 __device__ __forceinline__ int piece_size(int tiles) { return max(LEAST_PIECE, (tiles + MOST_PIECES - 1) / MOST_PIECES); }
 
@@ -70,9 +69,6 @@ struct SequenceTiles {
     int tiles;       // of each of its heads; 0 if it has no new token
 };
 
-// First tile past those of a sequence.
-__device__ __forceinline__ int end_tile(int past, int count) { return (past + count - 1) / TILE + 1; }
-
 // `past`: of its tokens, those in the cache.
 __device__ __forceinline__ SequenceTiles sequence_tiles(const Call& call, int b, int past) {
     SequenceTiles s = {0, 1, 0, 0};
@@ -80,9 +76,7 @@ __device__ __forceinline__ SequenceTiles sequence_tiles(const Call& call, int b,
     s.past = past;
     const int count = call.num_tokens != nullptr ? __ldcg(call.num_tokens + b) : IS_ONE ? 1 : call.seq;
     if (!IS_ONE) s.count = count;
-#ifdef WINDOW
-    s.first_tile = max(0, s.past - call.window + 1) / TILE;  // positions rise at least as fast as places
-#endif
+    s.first_tile = first_tile(call, s.past, IS_WINDOWED);
     // New tokens at positions past the model's get their tiles; `store_new` leaves them out and the last kernel says NaN.
     s.tiles = count > 0 && s.past + s.count <= call.capacity ? end_tile(s.past, s.count) - s.first_tile : 0;
     return s;
@@ -99,6 +93,7 @@ struct Shares {
     int size;
     int whole_runs;  // or 0; all heads have as many tiles
     int crossing;
+    bool in_turns;   // a lone sequence's: runs are in the order of LoneRun
 
     __device__ __forceinline__ int width(int tiles) const {
         if (BY_PIECES) return pieces_of(tiles);
@@ -156,7 +151,7 @@ struct Cursor {
     int past, count;             // as in SequenceTiles
     int width;                   // tiles a head of this sequence is taken to have
     int begin;                   // place of the head's first tile in the row of all tiles
-    int piece, tiles;            // BATCH_INVARIANT: of the head, and all tiles of that
+    int piece, tiles;            // BATCH_INVARIANT: of the head, and all tiles of that; where runs are in turns: which of the head's
     int slot, end;               // of the tile's first key in the cache; of the end of this block's run in the head
     int left;                    // tiles of this block's run, after this head
     bool pairs;                  // its tiles are taken two at a time
@@ -217,6 +212,7 @@ __device__ __forceinline__ bool next_head(const Call& call, const Shares& shares
         enter_head(call, at, end_tile(at.past, at.count) - at.tiles, at.tiles, at.piece + 1);
         return true;
     }
+    if (at.left <= 0) return false;
     at.begin += at.width;
     int tiles = BY_PIECES ? at.tiles : at.width - shares.crossing;  // true ones, where runs cross heads
     if (++at.kv_head_idx == call.num_kv_heads) at.kv_head_idx = 0, at.first_row += ROWS;
@@ -251,6 +247,18 @@ __device__ __forceinline__ bool enter(const Call& call, const Shares& shares, in
     at.left = shares.size;
     enter_head(call, at, s.first_tile, s.tiles, from);
     return BY_PIECES || from < s.tiles || next_head(call, shares, at);
+}
+
+// Enter the run of a lone sequence; false if there is none.
+__device__ __forceinline__ bool enter(const Call& call, const LoneRun& run, int past, Shares& shares, Cursor& at) {
+    shares = {call.num_kv_heads, run.size, 0, 0, true};
+    at.b = 0, at.past = past, at.count = 1, at.width = run.tiles;
+    at.head = at.kv_head_idx = run.head, at.first_row = 0;
+    at.begin = run.head * call.lone_runs * run.size, at.piece = run.run, at.left = 0;
+    const int first = run.first_tile + run.first, end = run.first_tile + min(run.first + run.size, run.tiles);
+    at.end = end * TILE, at.pairs = go_by_twos(first, end);
+    go_to(call, at, first_of_warp(at, first) * TILE);
+    return run.is_there(call);
 }
 
 // What lane `source` has of a sequence.

@@ -16,6 +16,7 @@
 #define __grid_constant__
 
 struct alignas(8) int2 { int x, y; };
+struct int3 { int x, y, z; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct uint3 { unsigned x, y, z; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
