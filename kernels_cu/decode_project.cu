@@ -9,6 +9,7 @@
 // bound: one read of Wqkv, most of it before the kernel ahead has ended.
 #include "call.cuh"
 #include "gemv_lines.cuh"
+#include "lone.cuh"
 #include "reduce.cuh"
 #include "storage.cuh"
 
@@ -70,6 +71,7 @@ decode_project(const __grid_constant__ Call call)
     const int sharing = 1 << shift, token = warp >> shift, part = warp & (sharing - 1);
     const int first_mine = token < num_tokens ? (part * 32 + lane) * VECTOR : size, step_mine = sharing * 32 * VECTOR;
     const STORAGE* const x = call.x + static_cast<long long>(token) * size;
+    if (W::HAS_ALL && threadIdx.x == 0) prefetch_lone_run(call);
     wait_for_previous_kernel();
     // Not before: attend_decode reads lengths and cached keys at once, so all calls before this one must have ended.
     let_next_kernel_begin();

@@ -9,6 +9,7 @@
 // decode_project.cu holds). Memory bound: one read of Wqkv, most of it before the kernel ahead has ended.
 #include "call.cuh"
 #include "gemv_lines.cuh"
+#include "lone.cuh"
 #include "reduce.cuh"
 #include "storage.cuh"
 
@@ -57,6 +58,7 @@ decode_project_folded(const __grid_constant__ Call call)
     }
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     W w(call.folded_proj + static_cast<long long>(first) * size, total_rows - first, rows, size, memory);
+    if (W::HAS_ALL && threadIdx.x == 0) prefetch_lone_run(call);
     wait_for_previous_kernel();
     // Not before: attend_decode reads lengths and cached keys at once, so all calls before this one must have ended.
     let_next_kernel_begin();

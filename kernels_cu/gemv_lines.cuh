@@ -17,6 +17,7 @@ constexpr int LINES_AT_A_TIME = 6;  // as AT_A_TIME
 template <int Unit, int Parts>
 struct Lines {
     static constexpr int VECTORS = 1, MOST_ROWS = 64;
+    static constexpr bool HAS_ALL = false;
     // As many as there are registers for.
     static constexpr int AT_ONCE = Unit > 8 ? 1 : Unit > 5 ? 2 : Unit > 4 || Parts == 1 ? 3 : 4;
     static constexpr int DEPTH = Unit * AT_ONCE, LATER = DEPTH > 15 && Parts == 1 ? 7 : 6, SOONER = DEPTH - LATER;

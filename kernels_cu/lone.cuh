@@ -1,5 +1,5 @@
 // Where the one token of a lone sequence finds its keys, when a head may have several runs of them: attend_decode.cu needs no
-// search then (shares.cuh).
+// search then (shares.cuh), and decode_project*.cu, which come ahead of it, know what it will ask for first.
 #pragma once
 #include "call.cuh"
 
@@ -38,4 +38,24 @@ __device__ __forceinline__ LoneRun find_lone_run(const Call& call, int past, boo
     at.size = at.tiles <= 2 * call.lone_least ? max(1, at.tiles) : max(call.lone_least, even);
     at.first = at.run * at.size;
     return at;
+}
+
+constexpr int AHEAD = 64;  // keys of a run; more of them would be in the way of what the layer waits for (docs/decode-tried.md)
+
+// Ask for the first keys and values of this block's run as far as L2, since memory has nothing else to do while the layer before ends. One
+// thread alone. It may come ahead of a kernel's wait: a length that is about to change makes what it asks for useless, not wrong.
+__device__ __forceinline__ void prefetch_lone_run(const Call& call) {
+#if __CUDA_ARCH__ >= 900
+    if (call.lone_runs == 0) return;
+    const int past = __ldcg(call.lengths);
+    const LoneRun run = find_lone_run(call, past, call.window > 0);
+    const int slot = (run.first_tile + run.first) * TILE, keys = min(min(run.size * TILE, AHEAD), past - slot);
+    if (!run.is_there(call) || keys <= 0) return;
+    const long long place = (static_cast<long long>(run.head) * call.capacity + slot) * HEAD_DIM;
+    const STORAGE* const both[2] = {call.k_cache + place, call.v_cache + place};
+    for (const STORAGE* const from : both)
+        asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from),
+                     "r"(keys * HEAD_DIM * static_cast<int>(sizeof(STORAGE)))
+                     : "memory");
+#endif
 }

@@ -42,6 +42,7 @@ INSTRUCTIONS = (
     ("ex2.approx.ftz.f32 %0, %1;", "ptx_power_of_two", ""),
     ("atom.add.", "ptx_atom", ""),
     ("cp.async.cg.", "ptx_cp_async", "16"),
+    ("cp.async.bulk.prefetch.L2.global [%0], %1;", "ptx_prefetch", ""),
     ("createpolicy.", "ptx_policy", ""),
     ("setp.ne.b32 p, %5, 0; @p st.global.v4.b32 [%0], {%1, %2, %3, %4}; }", "ptx_store_four", ""),
     (
