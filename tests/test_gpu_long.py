@@ -131,7 +131,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements():
 
 @gpu
 def test_quotients_by_way_of_floats_are_those_of_integers():
-    """``small_quotient`` of shares.cuh up to the largest dividend it is for: at, below and above multiples."""
+    """``small_quotient`` of lone.cuh up to the largest dividend it is for: at, below and above multiples."""
     import cupy
 
     source = """#include "shares.cuh"
