@@ -125,6 +125,7 @@ def test_long_runs_of_many_queries(gpu, dtype, gaps, heads, new):
     assert "PAIRED" in dict(attend.macros)
     call(layer, cache, new)
     call(layer, cache, new, [new, 0], seed=2)
+    call(layer, filled_cache(layer, [2555], 2560, positions_with(gaps, 1, 2560)), new, seed=3)
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -195,7 +196,7 @@ def test_decode_by_weights_that_have_the_norms_in_them(monkeypatch, hidden, num_
     shape, gpu = layer._backend._shape, layer._backend._limits
     one = launch.decode_project(layer.config, shape, gpu, tokens)
     assert one.name == "decode_project_folded"
-    cache = filled_cache(layer, [*range(tokens)], tokens + 1)
+    cache = filled_cache(layer, [*range(20, 20 + tokens)], 20 + tokens)
     x = make_hidden(layer.config, tokens, 1, dtype="float16").astype(np.float32) * scale
     x[..., 5] *= 100
     call(layer, cache, 1, x=np.clip(x, -65504, 65504).astype(np.float16))
@@ -240,9 +241,9 @@ def test_decode_where_positions_have_gaps(gpu):
     layer = make_layer(config_of(*SHAPES[0]), "float16", TAME)
     rng = np.random.default_rng(3)
     positions = np.stack([np.sort(rng.permutation(900)[:130]), np.arange(130) * 2, 3 + np.arange(130)])
-    cache = filled_cache(layer, [130, 90, 130], 140, positions)
-    call(layer, cache, 1)
-    call(layer, cache, 1, seed=2)
+    for cache in (filled_cache(layer, [130, 90, 130], 140, positions), filled_cache(layer, [130], 140, positions[:1])):
+        call(layer, cache, 1)
+        call(layer, cache, 1, seed=2)
 
 
 @pytest.mark.parametrize("length", [40, 600])

@@ -639,7 +639,7 @@ inline void ptx_prefetch(const void* from, int bytes) {
     using namespace emulator;
     if (reinterpret_cast<std::size_t>(from) % 16 != 0 || bytes <= 0 || bytes % 16 != 0)
         fail("a prefetch is not of whole pieces of 16 bytes");
-    // Read, so that what is not the caller's is found.
+    // Read, so that what is far from any array is found.
     volatile const char* const first = static_cast<const char*>(from);
     static_cast<void>(first[0]), static_cast<void>(first[bytes - 1]);
 }
