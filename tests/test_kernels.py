@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import re
 import subprocess
@@ -74,6 +75,11 @@ def test_no_three_blocks_of_decodes_projections_fit_where_attention_should_begin
     project, output, attend = (kernels.compile_for("sm_90a", one.name, one.macros).registers for one in ones)
     assert project == output
     assert 3 * launch.GEMV_THREADS * output > 65_536 >= launch.GEMV_THREADS * output + ones[2].threads * attend
+    for tokens in (1, 8):  # by weights with the norm in them, a few tokens' block fits beside two others
+        one = launch.decode_project(config, dataclasses.replace(shape, folded=True), cuda.H200, tokens)
+        folded = kernels.compile_for("sm_90a", one.name, one.macros).registers
+        assert (launch.GEMV_THREADS * (2 * output + folded) <= 65_536) == (tokens == 1)
+        assert folded <= output
 
 
 def test_every_source_is_a_kernel_that_some_published_model_needs():

@@ -46,7 +46,8 @@ def test_the_struct_of_a_call_is_the_same_on_both_sides(tmp_path, monkeypatch):
 
 
 def test_what_a_lone_sequences_blocks_know_ahead_of_its_length():
-    config, shape = CONFIGS["0.6B"], launch.Shape("float16", 128, False, windowed=False, float32_angles=False)
+    config = CONFIGS["0.6B"]
+    shape = launch.Shape("float16", 128, precise=False, windowed=False, float32_angles=False)
     attend = launch.attend_decode(config, shape, cuda.H200, 1, alone=False)
     assert launch.lone_runs(config, 1, 1, attend) == (132 // 8, 8)  # runs of a head; tiles, one for each warp
     assert launch.lone_runs(config, 2, 1, attend) == launch.lone_runs(config, 1, 2, attend) == (0, 0)
@@ -157,7 +158,7 @@ def test_who_shares_tiles(name, seq, keys, k):
     """Keys of attention, where every tile has a multiprocessor; k of the output, where half of them would have none."""
 
     def shares(**changes) -> tuple[bool, bool]:
-        shape = launch.Shape("float16", 128, False, windowed=False, float32_angles=False)
+        shape = launch.Shape("float16", 128, precise=False, windowed=False, float32_angles=False)
         shape = dataclasses.replace(shape, **changes)
         *_, attend, output = wgmma.prefill(CONFIGS[name], shape, cuda.H200, 1, seq, past_tiles=0, collect=False)
         assert output.cluster == 1 or output.grid % output.cluster == 0
