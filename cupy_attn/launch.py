@@ -267,8 +267,8 @@ def lone_runs(config: AttentionConfig, batch: int, seq: int, one: Launch) -> tup
     The first is how many blocks of ``attend_decode.cu`` a head has at most for its one token, 0 for other calls; the
     second how many tiles each of them has at least, if there are several.
     """
-    macros, runs = dict(one.macros), one.grid // config.num_key_value_heads
-    if batch * seq > 1 or "BATCH_INVARIANT" in macros or config.group > 8 * _head_tiles(config, seq) or runs < 2:
+    macros, runs = dict(one.macros), one.grid // (batch * config.num_key_value_heads)
+    if seq > 1 or batch > 32 or "BATCH_INVARIANT" in macros or config.group > 8 * _head_tiles(config, seq) or runs < 1:
         return 0, 0
     return runs, int(macros["WARPS"])
 

@@ -51,13 +51,14 @@ attend_decode(const __grid_constant__ Call call)
     Shares shares;
     Cursor at;
     bool is_there;
-    if (IS_ONE && !BY_PIECES && call.lone_runs > 0) {
-        const int own_past = work_out_here(past);
+    const int own_past = work_out_here(past);
+    if (IS_ONE && !BY_PIECES && call.lone_runs > 0 &&
+        (call.batch == 1 || !__any_sync(0xffffffffu, own_past != __shfl_sync(0xffffffffu, own_past, 0)))) {
         is_there = enter(call, find_lone_run(call, own_past, IS_WINDOWED), own_past, shares, at);
     } else {
         const int heads_a_sequence = call.num_kv_heads * ((queries + ROWS - 1) / ROWS);
         const int runs_at_most = most_runs(call, heads_a_sequence);
-        const SequenceTiles mine = sequence_tiles(call, lane, work_out_here(past));
+        const SequenceTiles mine = sequence_tiles(call, lane, own_past);
         shares = share_out(call, heads_a_sequence, runs_at_most, mine);
         is_there = find(call, shares, mine, blockIdx.x, at);
     }

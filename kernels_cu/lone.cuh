@@ -22,7 +22,7 @@ __device__ __forceinline__ int first_tile(const Call& call, int past, bool is_wi
 // First runs of all heads come before second ones. A head has call.lone_runs of them at most; no more than one of up to
 // 2 call.lone_least tiles, which one block does sooner than several that have to meet, and otherwise no shorter ones than lone_least.
 struct LoneRun {
-    int head, run;          // of the head's runs, this block's
+    int b, head, run;       // of the head's runs, this block's
     int first_tile, tiles;  // of the head
     int first, size;        // of this run, from the head's first tile; tiles of every run
 
@@ -31,7 +31,9 @@ struct LoneRun {
 
 __device__ __forceinline__ LoneRun find_lone_run(const Call& call, int past, bool is_windowed) {
     LoneRun at;
-    at.run = small_quotient(blockIdx.x, call.num_kv_heads), at.head = blockIdx.x - at.run * call.num_kv_heads;
+    at.run = small_quotient(blockIdx.x, call.batch * call.num_kv_heads);
+    const int place = blockIdx.x - at.run * call.batch * call.num_kv_heads;
+    at.b = call.batch > 1 ? small_quotient(place, call.num_kv_heads) : 0, at.head = place - at.b * call.num_kv_heads;
     at.first_tile = first_tile(call, past, is_windowed);
     at.tiles = past < call.capacity ? end_tile(past, 1) - at.first_tile : 0;
     const int even = small_quotient(at.tiles + call.lone_runs - 1, call.lone_runs);
@@ -51,7 +53,8 @@ __device__ __forceinline__ void prefetch_lone_run(const Call& call) {
     const LoneRun run = find_lone_run(call, past, call.window > 0);
     const int slot = (run.first_tile + run.first) * TILE, keys = min(min(run.size * TILE, AHEAD), past - slot);
     if (!run.is_there(call) || keys <= 0) return;
-    const long long place = (static_cast<long long>(run.head) * call.capacity + slot) * HEAD_DIM;
+    const long long place =
+        ((static_cast<long long>(run.b) * call.num_kv_heads + run.head) * call.capacity + slot) * HEAD_DIM;
     const STORAGE* const both[2] = {call.k_cache + place, call.v_cache + place};
     for (const STORAGE* const from : both)
         asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from),

@@ -252,9 +252,9 @@ __device__ __forceinline__ bool enter(const Call& call, const Shares& shares, in
 // Enter the run of a lone sequence; false if there is none.
 __device__ __forceinline__ bool enter(const Call& call, const LoneRun& run, int past, Shares& shares, Cursor& at) {
     shares = {call.num_kv_heads, run.size, 0, 0, true};
-    at.b = 0, at.past = past, at.count = 1, at.width = run.tiles;
+    at.b = run.b, at.past = past, at.count = 1, at.width = run.tiles;
     at.head = at.kv_head_idx = run.head, at.first_row = 0;
-    at.begin = run.head * call.lone_runs * run.size, at.piece = run.run, at.left = 0;
+    at.begin = (run.b * call.num_kv_heads + run.head) * call.lone_runs * run.size, at.piece = run.run, at.left = 0;
     const int first = run.first_tile + run.first, end = run.first_tile + min(run.first + run.size, run.tiles);
     at.end = end * TILE, at.pairs = go_by_twos(first, end);
     go_to(call, at, first_of_warp(at, first) * TILE);

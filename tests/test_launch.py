@@ -50,8 +50,8 @@ def test_what_a_lone_sequences_blocks_know_ahead_of_its_length():
     shape = launch.Shape("float16", 128, precise=False, windowed=False, float32_angles=False)
     attend = launch.attend_decode(config, shape, cuda.H200, 1, alone=False)
     assert launch.lone_runs(config, 1, 1, attend) == (132 // 8, 8)  # runs of a head; tiles, one for each warp
-    assert launch.lone_runs(config, 2, 1, attend) == launch.lone_runs(config, 1, 2, attend) == (0, 0)
-    assert launch.lone_runs(config, 1, 1, dataclasses.replace(attend, grid=15)) == (0, 0)  # no two blocks to a head
+    assert launch.lone_runs(config, 8, 1, attend) == (2, 8)
+    assert launch.lone_runs(config, 17, 1, attend) == launch.lone_runs(config, 1, 2, attend) == (0, 0)
     invariant = launch.attend_decode(
         config, dataclasses.replace(shape, batch_invariant=True), cuda.H200, 1, alone=False
     )
