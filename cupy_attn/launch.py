@@ -21,7 +21,7 @@ PROJECT_STEPS, OUTPUT_STEPS = {2: 7, 3: 5, 4: 4, 5: 2}, {1: 8, 2: 8, 3: 4, 4: 4}
 # gemv_lines.cuh: elements of a step, steps of a unit, what rows of a block are a multiple of, and how many at most.
 LINE, LINE_UNITS, LINE_ROWS, MOST_LINES = 256, range(4, 17), 4, 64
 FEW_ROWS, FEW_THREADS, FEW_CHUNK, FEW_STAGES, MAX_SPLITS = 64, 128, 64, 4, 8  # gemm_few.cuh
-ROW_THREADS = 128  # normalise_row.cuh
+MOST_ROW_THREADS = 992  # normalise_rows.cu: that share a row
 MAX_FEW = 256  # tokens: for more than that, tiles of a matrix product read the weights less often
 GEMM_WARPS, GEMM_BLOCK_K = 4, 64
 DECODE_TILE, DECODE_STAGES = 16, 2  # shares.cuh, decode_shared.cuh: keys of a warp's tile, tiles of its ring
@@ -392,8 +392,11 @@ def project_qkv_few(config: AttentionConfig, shape: Shape, limits: Limits, token
 
 def normalise_rows(config: AttentionConfig, shape: Shape, tokens: int, *, rest: str = "__half") -> Launch:
     """Launch of ``normalise_rows.cu``, which is for Hopper. ``rest``: the type of what rounding left over."""
-    macros = macros_of(plain(shape), REST=rest)
-    return Launch("normalise_rows", macros, tokens, ROW_THREADS + 32, _row_bytes(config), overlaps=True)
+    vectors = -(-config.hidden_size // 8)
+    each = -(-vectors // MOST_ROW_THREADS)
+    threads = -(-vectors // (32 * each)) * 32
+    macros = macros_of(plain(shape), REST=rest, VECTORS=each)
+    return Launch("normalise_rows", macros, tokens, threads + 32, 0, overlaps=True)
 
 
 def project_output_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: int) -> Launch:

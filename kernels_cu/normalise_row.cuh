@@ -24,11 +24,31 @@ __device__ __forceinline__ void fetch_row(const Call& call, int m, char* smem) {
     copies_commit();
 }
 
-// Normalise it once it is there, ROW_THREADS together. Rest: the type of what rounding left over, which stands behind the row.
-template <typename Rest = __half>
-__device__ __forceinline__ void normalise_row(const Call& call, int m, const char* smem) {
-    constexpr int WARPS = ROW_THREADS / 32, BYTES = sizeof(__half) + sizeof(Rest);
+// 1 / rms of a row, by the sum of its squares.
+__device__ __forceinline__ float rstd_of(const Call& call, float sum_squares) {
+    return rsqrtf(__fdividef(sum_squares, call.hidden_size) + call.eps);
+}
+
+// Normalise and store elements k to k + 7 of row m. Rest: the type of what rounding left over, which stands behind the row.
+template <typename Rest>
+__device__ __forceinline__ void store_normalised(const Call& call, int m, int k, float (&values)[VECTOR],
+                                                 const float (&scales)[VECTOR], float rstd) {
+    constexpr int BYTES = sizeof(__half) + sizeof(Rest);
     constexpr float REST_SCALE = sizeof(Rest) == sizeof(E4M3) ? E4M3_SCALE : 1.0f;
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) values[j] *= rstd * scales[j];
+    __half* const target =
+        reinterpret_cast<__half*>(reinterpret_cast<char*>(call.hidden) + static_cast<long long>(m) * BYTES * call.hidden_size);
+    store8(target + k, values);
+    if (sizeof(Rest) == sizeof(E4M3) && call.k_proj == nullptr) return;  // nobody multiplies it
+#pragma unroll
+    for (int j = 0; j < VECTOR; ++j) values[j] = (values[j] - __half2float(__float2half_rn(values[j]))) * REST_SCALE;
+    store8(reinterpret_cast<Rest*>(target + call.hidden_size) + k, values);
+}
+
+// Normalise a row once it is there, ROW_THREADS together.
+__device__ __forceinline__ void normalise_row(const Call& call, int m, const char* smem) {
+    constexpr int WARPS = ROW_THREADS / 32;
     __shared__ float of_warps[WARPS];
     const int size = call.hidden_size;
     const float* const scale = reinterpret_cast<const float*>(smem);
@@ -48,20 +68,12 @@ __device__ __forceinline__ void normalise_row(const Call& call, int m, const cha
     sum_squares = 0.0f;
 #pragma unroll
     for (int i = 0; i < WARPS; ++i) sum_squares += of_warps[i];
-    const float rstd = rsqrtf(__fdividef(sum_squares, size) + call.eps);
+    const float rstd = rstd_of(call, sum_squares);
 #pragma unroll 1
     for (int i = threadIdx.x * VECTOR; i < size; i += ROW_THREADS * VECTOR) {
         float values[VECTOR], scales[VECTOR];
         load8(x + i, values);
         load8(scale + i, scales);
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) values[j] *= rstd * scales[j];
-        __half* const target =
-            reinterpret_cast<__half*>(reinterpret_cast<char*>(call.hidden) + static_cast<long long>(m) * BYTES * size);
-        store8(target + i, values);
-        if (sizeof(Rest) == sizeof(E4M3) && call.k_proj == nullptr) continue;  // nobody multiplies it
-#pragma unroll
-        for (int j = 0; j < VECTOR; ++j) values[j] = (values[j] - __half2float(__float2half_rn(values[j]))) * REST_SCALE;
-        store8(reinterpret_cast<Rest*>(target + size) + i, values);
+        store_normalised<__half>(call, m, i, values, scales, rstd);
     }
 }
