@@ -25,7 +25,7 @@ MOST_ROW_THREADS = 992  # normalise_rows.cu: that share a row
 MAX_FEW = 256  # tokens: for more than that, tiles of a matrix product read the weights less often
 GEMM_WARPS, GEMM_BLOCK_K = 4, 64
 DECODE_TILE, DECODE_STAGES = 16, 2  # shares.cuh, decode_shared.cuh: keys of a warp's tile, tiles of its ring
-DECODE_TURNS = 2 * DECODE_TILE  # of keys one after the other, that one rotation of the queries serves
+DECODE_TOGETHER = 4  # shares.cuh: tiles that one rotation of more than 8 queries serves, at most
 MOST_PIECES = 16  # shares.cuh
 # Tokens of a call and of a sequence, and queries of a KV head and sequence, that decode kernels take, which share out
 # keys among all multiprocessors but normalise them again for every 16 queries.
@@ -36,7 +36,7 @@ HIDDEN_PARTS = 2  # project.cuh: float16 numbers that hold one normalised hidden
 
 _POINTERS = (
     "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "folded_proj", "o_proj", "k_proj", "input_norm",
-    "q_norm", "k_norm", "qkv_bias", "o_bias", "frequency", "k_turns", "k_cache", "v_cache", "lengths",
+    "q_norm", "k_norm", "qkv_bias", "o_bias", "frequency", "k_turns", "turns", "k_cache", "v_cache", "lengths",
     "cached_positions", "fault", "rows", "notes", "hidden", "q", "k", "v", "attention", "qkv", "partial", "parts",
     "counters",
     "stage_input_norm", "stage_q", "stage_k", "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope",
@@ -226,6 +226,11 @@ def _head_tiles(config: AttentionConfig, seq: int) -> int:
     return 1 if config.group * seq <= 8 else 2
 
 
+def turn_stride(head_dim: int) -> int:
+    """Return what a row of ``turns`` is long, in units of two pairs of dims (``decode_shared.cuh``)."""
+    return head_dim // 4 | 4
+
+
 def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits, seq: int, *, alone: bool) -> Launch:
     """Launch of ``attend_decode.cu``: the grid is the GPU's, whatever the lengths.
 
@@ -234,22 +239,22 @@ def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits, seq: in
     dim, head_tiles = config.head_dim, _head_tiles(config, seq)
     rows, stride = 8 * head_tiles, dim + 8
     in_halves = seq == 1 and config.group <= 4 and not shape.float32_angles
-    paired = head_tiles == 2 and dim <= 128 and not (shape.precise or shape.float32_angles or shape.batch_invariant)
+    joined = head_tiles == 2 and dim <= 128 and not (shape.precise or shape.float32_angles or shape.batch_invariant)
     # On Hopper: 3 warps to a quarter of a multiprocessor do with the registers there are.
     most = alone and limits.wgmma and dim <= 128 and seq == 1 and head_tiles == 1 and not shape.batch_invariant
     many = (11, 10, 9) if most else ()
     for warps in (*many, 8, 4, 2, 1):
         ring = warps * DECODE_STAGES * DECODE_TILE * (2 * (dim if dim % 64 == 0 else stride) * 2 + 4)
         queries = warps * (shape.parts * rows * stride * 2 + rows * 8) + rows * dim * 4
-        turns = DECODE_TURNS if paired else DECODE_TILE
-        tables = dim * 8 if shape.float32_angles else turns * dim * 8 + dim * (8 if in_halves else 4)
+        turns = (1 + DECODE_TOGETHER * DECODE_TILE) * turn_stride(dim) * 16 if joined else DECODE_TILE * dim * 8
+        tables = dim * 8 if shape.float32_angles else turns + dim * (8 if in_halves else 4)
         smem = ring + queries + tables
         if limits.blocks_a_sm(smem, 1):
             break
     macros = macros_of(shape, HEAD_TILES=head_tiles, WARPS=warps, WINDOW=shape.windowed and 1,
                        FLOAT32_ANGLES=shape.float32_angles and 1, SEVERAL=seq > 1 and 1,
                        BATCH_INVARIANT=shape.batch_invariant and 1, HALVES=in_halves and 1,
-                       PAIRED=paired and 1)  # fmt: skip
+                       TOGETHER=joined and DECODE_TOGETHER)  # fmt: skip
     return Launch("attend_decode", macros, limits.num_sms, 32 * warps, smem, overlaps=True)
 
 

@@ -96,7 +96,10 @@ class Operands:
             norms[name] = wide[name] * np.float32(factor * scale), scale
         (q_norm, q_scale), (k_norm, k_scale) = norms["q_norm"], norms["k_norm"]
         self.q_norm, self.k_norm = cupy.asarray(q_norm), cupy.asarray(k_norm)
-        self.k_turns = None if angles == "float32" else cupy.asarray(key_turns(config, k_norm * np.float32(TURN_SCALE)))
+        self.k_turns = self.turns = None
+        if angles != "float32":
+            scaled = k_norm * np.float32(TURN_SCALE)
+            self.k_turns, self.turns = (cupy.asarray(table(config, scaled)) for table in (key_turns, turns_apart))
         self.qkv_bias = None if "qkv_bias" not in wide else cupy.asarray(wide["qkv_bias"])
         self.o_bias = None if "o_bias" not in wide else cupy.asarray(wide["o_bias"])
         steps = step_turns(config).view(np.uint64).ravel()
@@ -132,15 +135,30 @@ def step_turns(config: AttentionConfig) -> np.ndarray:
 
 
 def key_turns(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:
-    """Return what attend_decode.cu multiplies cached keys with, [DECODE_TURNS, D/2, 4] float32.
+    """Return what attend_decode.cu multiplies cached keys with, [DECODE_TILE, D/2, 4] float32.
 
-    Of key ``offset`` of two tiles and a pair of dims, w its two weights: w_low cos, w_high sin, w_high cos, w_low sin.
+    Of key ``offset`` of a tile and a pair of dims, w its two weights: w_low cos, w_high sin, w_high cos, w_low sin.
     Odd offsets have neighbouring pairs in opposite order, as the kernel reads them.
     """
     inv_freq, _ = inverse_frequencies(config, angles="float64")
-    angles = np.arange(launch.DECODE_TURNS)[:, None] * inv_freq
+    angles = np.arange(launch.DECODE_TILE)[:, None] * inv_freq
     low, high = np.split(k_norm.astype(np.float64), 2)
     cos, sin = np.cos(angles), np.sin(angles)
     turns = np.stack([low * cos, high * sin, high * cos, low * sin], axis=-1)
     turns[1::2] = turns[1::2].reshape(-1, inv_freq.size // 2, 2, 4)[:, :, ::-1].reshape(-1, inv_freq.size, 4)
     return np.ascontiguousarray(turns, np.float32)
+
+
+def turns_apart(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:
+    """Return the same for several tiles, weights and turns apart, [1 + keys, launch.turn_stride, 4] float32.
+
+    First, of two pairs of dims, their weights: both lower ones, both upper ones. Then, of key ``offset`` of
+    DECODE_TOGETHER tiles and those pairs, the cosine and sine of each. Rows are padded.
+    """
+    inv_freq, _ = inverse_frequencies(config, angles="float64")
+    angles = np.arange(launch.DECODE_TOGETHER * launch.DECODE_TILE)[:, None] * inv_freq
+    turns = np.zeros((1 + len(angles), launch.turn_stride(config.head_dim), 4), np.float32)
+    used = turns[:, : config.head_dim // 4]
+    used[0] = np.concatenate([half.reshape(-1, 2) for half in np.split(k_norm, 2)], axis=1)
+    used[1:] = np.stack([np.cos(angles), np.sin(angles)], axis=-1).reshape(len(angles), -1, 4)
+    return turns

@@ -13,11 +13,12 @@
 //
 // Rotations only matter relative to each other: the query is rotated by its distance from a tile's first key, and the keys
 // by 0, 1, ... 15: angles that are the same for every tile and every call, so they come as a table, k_norm in them. A tile
-// whose positions have gaps and span more takes a pass for every 16 positions. PAIRED: twice as many of all, see shares.cuh.
+// whose positions have gaps and span more takes a pass for every 16 positions. TOGETHER: so many times as many of all, see shares.cuh,
+// and k_norm apart, as shared memory is then what is busiest and a table of less takes less of it.
 //
 // Grid: a block a multiprocessor; block 32 WARPS threads. Shared memory: Shared in decode_shared.cuh. -D: those of call.cuh,
-// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT, PAIRED (shares.cuh). Memory bound: one read of K and
-// V. Next come the instructions of a tile (decode_tile.cuh).
+// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT, TOGETHER (shares.cuh). Memory bound: one read of K
+// and V. Next come the instructions of a tile (decode_tile.cuh).
 #include "decode_sums.cuh"
 #include "decode_tile.cuh"
 
@@ -70,7 +71,7 @@ attend_decode(const __grid_constant__ Call call)
         return;
     }
 
-#ifdef PAIRED
+#ifdef TOGETHER
     if (shares.size > WARPS) copy_more_turns(call, shared);
 #endif
     const auto copy = [&](const Cursor& to, int stage, bool is_v) { copy_tile(call, shared, to, stage, is_v); };

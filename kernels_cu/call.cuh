@@ -32,7 +32,8 @@ struct Call {
     const float* qkv_bias;                // [(Hq + 2 Hkv) D] or null
     const float* o_bias;                  // [H] or null
     const unsigned long long* frequency;  // [D / 2], see rope.cuh; behind them [D / 2] float2, see finish_heads.cuh
-    const float4* k_turns;                // [32, D / 2], see attend_decode.cu; null where angles are those of float32
+    const float4* k_turns;                // [16, D / 2], see attend_decode.cu; null where angles are those of float32
+    const float4* turns;                  // [1 + 64, TURN_STRIDE], see decode_tile.cuh; likewise
     // The cache.
     STORAGE* k_cache;       // [B, Hkv, capacity, D], before norm and RoPE
     STORAGE* v_cache;       // [B, Hkv, capacity, D]

@@ -97,17 +97,17 @@ __device__ __forceinline__ void rotate_queries(Shared& shared, int rows, int dis
 #ifdef HALVES
         const float4 step = *reinterpret_cast<const float4*>(shared.step + d);
 #endif
-        constexpr int TOGETHER = HEAD_TILES == 2 ? 4 : 2;  // rows that are read before the first of them is stored
+        constexpr int AT_ONCE = HEAD_TILES == 2 ? 4 : 2;  // rows that are read before the first of them is stored
 #pragma unroll 1
-        for (int first = 0; first < rows; first += TOGETHER) {
-            float2 a[TOGETHER], c[TOGETHER];
+        for (int first = 0; first < rows; first += AT_ONCE) {
+            float2 a[AT_ONCE], c[AT_ONCE];
 #pragma unroll
-            for (int r = 0; r < TOGETHER; ++r) {
+            for (int r = 0; r < AT_ONCE; ++r) {
                 a[r] = *reinterpret_cast<const float2*>(shared.q_norm + (first + r) * HEAD_DIM + d);
                 c[r] = *reinterpret_cast<const float2*>(shared.q_norm + (first + r) * HEAD_DIM + d + PAIRS);
             }
 #pragma unroll
-            for (int r = 0; r < TOGETHER; ++r) {
+            for (int r = 0; r < AT_ONCE; ++r) {
                 const auto store = [&](int row, const float2& low, const float2& high) {
                     const unsigned low_pair = pack(low.x, low.y), high_pair = pack(high.x, high.y);
                     unsigned* place = reinterpret_cast<unsigned*>(target + row * STRIDE + d);

@@ -18,8 +18,10 @@ __device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
     const auto copy = [](auto& target, const void* source) { copy_table<sizeof(target)>(&target, source); };
 #ifdef FLOAT32_ANGLES
     copy(shared.k_norm, call.k_norm);
+#elif defined(TOGETHER)
+    copy_table<(1 + TILE) * TURN_STRIDE * sizeof(float4)>(shared.turn, call.turns);
 #else
-    copy_table<TILE * PAIRS * sizeof(float4)>(shared.turn, call.k_turns);
+    copy(shared.turn, call.k_turns);
 #endif
     copy(shared.frequency, call.frequency);
 #ifdef HALVES
@@ -28,10 +30,11 @@ __device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
     copies_commit();
 }
 
-// And for what the second of two tiles takes.
-#ifdef PAIRED
+// And for what all but the first of some tiles take.
+#ifdef TOGETHER
 __device__ __forceinline__ void copy_more_turns(const Call& call, Shared& shared) {
-    copy_table<TILE * PAIRS * sizeof(float4)>(shared.turn + TILE * PAIRS, call.k_turns + TILE * PAIRS);
+    constexpr int FIRST = (1 + TILE) * TURN_STRIDE;
+    copy_table<(TURNED - TILE) * TURN_STRIDE * sizeof(float4)>(shared.turn + FIRST, call.turns + FIRST);
     copies_commit();
 }
 #endif

@@ -10,7 +10,8 @@ constexpr bool SWIZZLED = HEAD_DIM % 64 == 0;
 constexpr int KV_STRIDE = SWIZZLED ? HEAD_DIM : STRIDE;
 constexpr int PIECES = HEAD_DIM / 8;  // of 16 bytes, of a row
 constexpr int PAIRS = HEAD_DIM / 2;
-constexpr int TURNED = MAY_PAIR ? 2 * TILE : TILE;  // keys that queries are rotated for at a time, at most
+constexpr int TURNED = MOST_TOGETHER * TILE;  // keys that queries are rotated for at a time, at most
+constexpr int TURN_STRIDE = PAIRS / 2 | 4;    // of call.turns: two keys next to each other meet no bank twice
 
 struct alignas(16) Tile {
     STORAGE k[TILE * KV_STRIDE], v[TILE * KV_STRIDE];
@@ -30,8 +31,10 @@ struct alignas(16) Shared {
     Tile ring[WARPS][STAGES];
 #ifdef FLOAT32_ANGLES
     float k_norm[HEAD_DIM];
+#elif defined(TOGETHER)
+    float4 turn[(1 + TURNED) * TURN_STRIDE];   // call.turns; of the first tile where one is taken at a time
 #else
-    float4 turn[TURNED * PAIRS];               // call.k_turns; the second half where tiles are taken two at a time
+    float4 turn[TILE * PAIRS];                 // call.k_turns
 #endif
     __half q[WARPS][PARTS][ROWS * STRIDE];     // q' for a warp's tile
     float q_norm[ROWS * HEAD_DIM];             // normalised queries, not rotated

@@ -27,7 +27,7 @@ struct Sums {
     float out[HEAD_TILES][DIM_BLOCKS][4];  // weighted v: [.][16 dims], dims l / 4 and 8 more
     float shift[HEAD_TILES][2];            // what scores are taken relative to
     float sum[HEAD_TILES][2];              // of this lane's weights
-    int base;                              // PAIRED: the position that queries are rotated for
+    int base;                              // TOGETHER: the position that queries are rotated for
     // Whether no key was seen yet: one new token sees all that are; of several, and by window, each its own.
     bool nothing_seen[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
     int seen_from[IS_ONE ? 1 : HEAD_TILES][IS_ONE ? 1 : 2];
@@ -50,7 +50,7 @@ __device__ __forceinline__ void begin_sums(const Call& call, const Cursor& at, i
     for (int t = 0; t < HEAD_TILES; ++t)
 #pragma unroll
         for (int e = 0; e < 2; ++e) sums.shift[t][e] = sums.sum[t][e] = 0.0f;
-    if (MAY_PAIR) sums.base = -TURNED;  // of no position
+    if (MOST_TOGETHER > 1) sums.base = -TURNED;  // of no position
 #pragma unroll
     for (int t = 0; t < (IS_ONE ? 1 : HEAD_TILES); ++t)
 #pragma unroll
@@ -143,8 +143,8 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
     // keys and one for the others.
 #ifndef FLOAT32_ANGLES
     int half = 0, base = first_position;
-    const int turned = MAY_PAIR && at.pairs ? TURNED : TILE;  // positions that the table has
-    const bool is_rotated = MAY_PAIR && last_position - sums.base < turned;  // since the tile before
+    const int turned = MOST_TOGETHER > 1 && at.together > 1 ? TURNED : TILE;  // positions that the table has
+    const bool is_rotated = MOST_TOGETHER > 1 && last_position - sums.base < turned;  // since a tile before
     if (is_rotated) base = sums.base;
     const int span = last_position - base;
     const bool gaps = IN_HALVES ? span != last : span >= turned;
@@ -158,7 +158,7 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
         rotate_queries(shared, rows, IS_ONE ? new_at : 0);
 #else
         if (!is_rotated) rotate_queries(shared, rows, new_at - base + 8 * half);
-        if (MAY_PAIR) sums.base = base;
+        if (MOST_TOGETHER > 1) sums.base = base;
 #endif
         __syncwarp();
         ask_for_keys();
@@ -166,25 +166,37 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
         float scores[HEAD_TILES][4] = {};  // keys l / 4 and 8 more, heads 2 (l % 4) + {0, 1}
 #ifndef FLOAT32_ANGLES
         constexpr int ROTATIONS = IN_HALVES ? 1 : 2;  // of keys l / 4 and 8 more
-        const float4* turns[ROTATIONS][2];
+        constexpr int PLACES = MOST_TOGETHER == 1 ? 2 : 1;
+        const float4* turns[ROTATIONS][PLACES];
 #pragma unroll
         for (int n = 0; n < ROTATIONS; ++n) {
             const int position = n + half == 0 ? offsets[0] : offsets[1];
             const int offset = IN_HALVES && !gaps ? lane / 4 : (position - base) & (TURNED - 1);
 #pragma unroll
-            for (int odd = 0; odd < 2; ++odd) turns[n][odd] = shared.turn + turn_index(offset, quad * 2 + odd);
+            for (int odd = 0; odd < PLACES; ++odd)
+                turns[n][odd] = shared.turn + (PLACES == 1 ? (1 + offset) * TURN_STRIDE + quad : turn_index(offset, quad * 2 + odd));
         }
 #endif
-        const auto turn_of = [&](int n, int j, int odd) {
-#ifdef FLOAT32_ANGLES
-            const int pair = j * 8 + quad * 2 + odd;
-            float cosine, sine;
-            rotation(offsets[n], shared.frequency[pair], cosine, sine);
-            const float low = shared.k_norm[pair], high = shared.k_norm[pair + PAIRS];
-            return make_float4(low * cosine, high * sine, high * cosine, low * sine);
+        // Rotate two dims of the lower half of key l / 4, or 8 more, and two of the upper, `low` and `high`; with their weights.
+        const auto rotate_key = [&](int n, int j, float2& low, float2& high) {
+            float2 a = low, c = high;
+#ifdef TOGETHER
+            const float4 weight = shared.turn[j * 4 + quad], turn = turns[n][0][j * 4];
+            a.x *= weight.x, a.y *= weight.y, c.x *= weight.z, c.y *= weight.w;
+            const float4 even = make_float4(turn.x, turn.y, turn.x, turn.y), odd = make_float4(turn.z, turn.w, turn.z, turn.w);
+#elif defined(FLOAT32_ANGLES)
+            const auto turn_of = [&](int pair) {
+                float cosine, sine;
+                rotation(offsets[n], shared.frequency[pair], cosine, sine);
+                const float low = shared.k_norm[pair], high = shared.k_norm[pair + PAIRS];
+                return make_float4(low * cosine, high * sine, high * cosine, low * sine);
+            };
+            const float4 even = turn_of(j * 8 + quad * 2), odd = turn_of(j * 8 + quad * 2 + 1);
 #else
-            return turns[n % ROTATIONS][odd][j * 8];
+            const float4 even = turns[n % ROTATIONS][0][j * 8], odd = turns[n % ROTATIONS][1][j * 8];
 #endif
+            low = make_float2(a.x * even.x - c.x * even.y, a.y * odd.x - c.y * odd.y);
+            high = make_float2(c.x * even.z + a.x * even.w, c.y * odd.z + a.y * odd.w);
         };
         unsigned q_frag[HEAD_TILES][PARTS][4];
 #pragma unroll
@@ -198,13 +210,11 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
             unsigned k_frag[4], k_rest[4];
 #pragma unroll
             for (int n = 0; n < 2; ++n) {
-                const float4 even = turn_of(n, j, 0), odd = turn_of(n, j, 1);
                 // Or bfloat16 would be widened before the loop over passes, to more floats than there are registers.
-                float2 a = unpack(work_out_here(k_raw[j][2 * n]), STORAGE());
-                float2 c = unpack(work_out_here(k_raw[j][2 * n + 1]), STORAGE());
-                if (!NORMALISES_SCORES) a.x *= rstd[n], a.y *= rstd[n], c.x *= rstd[n], c.y *= rstd[n];
-                const float2 low = make_float2(a.x * even.x - c.x * even.y, a.y * odd.x - c.y * odd.y);
-                const float2 high = make_float2(c.x * even.z + a.x * even.w, c.y * odd.z + a.y * odd.w);
+                float2 low = unpack(work_out_here(k_raw[j][2 * n]), STORAGE());
+                float2 high = unpack(work_out_here(k_raw[j][2 * n + 1]), STORAGE());
+                if (!NORMALISES_SCORES) low.x *= rstd[n], low.y *= rstd[n], high.x *= rstd[n], high.y *= rstd[n];
+                rotate_key(n, j, low, high);
                 k_frag[n] = pack(low.x, low.y);
                 k_frag[n + 2] = pack(high.x, high.y);
                 if (PARTS == 2) {

@@ -5,12 +5,12 @@
 // All tiles of all heads stand in one row, sequence after sequence, head after head, and every block takes an equal run of
 // it. Where heads are of equal lengths and there are no more of them than blocks, runs do not cross from one to the next; where
 // lengths differ, a head counts as some tiles more, for the time it takes to get from one to the next.
-// A block's warps take its tiles in turns; two neighbours at a time, where rotating the queries takes long (MAY_PAIR) and it comes out
-// even: one rotation serves both. Everything follows from the lengths on the device.
+// A block's warps take its tiles in turns; some neighbours at a time, where rotating the queries takes long (TOGETHER) and it comes
+// out even: one rotation serves all of them. Everything follows from the lengths on the device.
 //
 // BATCH_INVARIANT: a head is cut into pieces that follow from its own length alone, at most MOST_PIECES of them, each summed
 // up on its own. Places, widths and shares count pieces then, not tiles.
-// -D: those of call.cuh, HEAD_TILES, WARPS, WINDOW, SEVERAL (more than one new token a sequence), BATCH_INVARIANT, HALVES, PAIRED.
+// -D: those of call.cuh, HEAD_TILES, WARPS, WINDOW, SEVERAL (more than one new token a sequence), BATCH_INVARIANT, HALVES, TOGETHER.
 #pragma once
 #include "lone.cuh"
 
@@ -37,10 +37,11 @@ constexpr bool IN_HALVES = true;
 constexpr bool IN_HALVES = false;
 #endif
 
-#ifdef PAIRED
-constexpr bool MAY_PAIR = true;
+// TOGETHER: a power of two; neighbouring tiles that a warp takes at a time, at most.
+#ifdef TOGETHER
+constexpr int MOST_TOGETHER = TOGETHER;
 #else
-constexpr bool MAY_PAIR = false;
+constexpr int MOST_TOGETHER = 1;
 #endif
 
 #ifdef BATCH_INVARIANT
@@ -154,7 +155,7 @@ struct Cursor {
     int piece, tiles;            // BATCH_INVARIANT: of the head, and all tiles of that; where runs are in turns: which of the head's
     int slot, end;               // of the tile's first key in the cache; of the end of this block's run in the head
     int left;                    // tiles of this block's run, after this head
-    bool pairs;                  // its tiles are taken two at a time
+    int together;                // so many of its tiles are taken at a time
     const STORAGE* k;            // what this lane copies first of a whole tile
 };
 
@@ -166,8 +167,9 @@ __device__ __forceinline__ void go_to(const Call& call, Cursor& at, int slot) {
 
 // From a warp's tile to its next, in keys.
 __device__ __forceinline__ int step_from(const Cursor& at) {
-    if (!MAY_PAIR || !at.pairs) return WARPS * TILE;
-    return at.slot & TILE ? (2 * WARPS - 1) * TILE : TILE;
+    if (MOST_TOGETHER == 1) return WARPS * TILE;
+    const int last = (at.together - 1) * TILE;  // of its tiles
+    return (at.slot & last) == last ? WARPS * at.together * TILE - last : TILE;
 }
 
 __device__ __forceinline__ void go_on(Cursor& at) {
@@ -176,19 +178,26 @@ __device__ __forceinline__ void go_on(Cursor& at) {
     at.k += step * HEAD_DIM;
 }
 
-// A warp's first tile of those from `tile` on. Two neighbours are an even one and the next.
+// A warp's first tile of those from `tile` on. What is taken at a time begins at a multiple of as many.
 __device__ __forceinline__ int first_of_warp(const Cursor& at, int tile) {
     const int warp = threadIdx.x / 32;
-    return MAY_PAIR && at.pairs ? max(tile / 2 * 2 + 2 * warp, tile) : tile + warp;
+    return MOST_TOGETHER == 1 ? tile + warp : max((tile & -at.together) + at.together * warp, tile);
 }
 
-// Whether warps take tiles `first` to `end` of a head by twos: not if one of them has more to do then than rotations saved make up
-// for, an eighth of a tile for each.
-__device__ __forceinline__ bool go_by_twos(int first, int end) {
-    if (!MAY_PAIR || end - first <= WARPS) return false;
-    const auto rounds_of = [](int count) { return static_cast<int>(static_cast<unsigned>(count + WARPS - 1) / WARPS); };
-    const int rounds = rounds_of(end - first);
-    return 2 * rounds_of((end + 1) / 2 - first / 2) <= rounds + rounds / 8;
+// How many tiles of `first` to `end` of a head warps take at a time: not so many that one of them has more to do then than rotations
+// saved make up for, an eighth of a tile for each.
+__device__ __forceinline__ int tiles_together(int first, int end) {
+    if (MOST_TOGETHER == 1 || end - first <= WARPS) return 1;
+    const auto quotient_up = [](int dividend, unsigned divisor) { return static_cast<int>((dividend + divisor - 1) / divisor); };
+    const int rounds = quotient_up(end - first, WARPS);
+#pragma unroll
+    for (int together = MOST_TOGETHER; together > 1; together /= 2) {
+        const int tiles = end - (first & -together), groups = quotient_up(tiles, together);
+        // The last of them, which may be short, is all of a round, or in one with others.
+        const int last = (groups - 1) % WARPS == 0 ? tiles - (groups - 1) * together : together;
+        if ((quotient_up(groups, WARPS) - 1) * together + last <= rounds + rounds / 8) return together;
+    }
+    return 1;
 }
 
 __device__ __forceinline__ void enter_head(const Call& call, Cursor& at, int first_tile, int tiles, int from) {
@@ -202,7 +211,7 @@ __device__ __forceinline__ void enter_head(const Call& call, Cursor& at, int fir
     const int here = min(at.left, at.width - from);
     at.left -= here;
     const int first = first_tile + from, end = first_tile + min(from + here, tiles);
-    at.end = end * TILE, at.pairs = go_by_twos(first, end);
+    at.end = end * TILE, at.together = tiles_together(first, end);
     go_to(call, at, first_of_warp(at, first) * TILE);
 }
 
@@ -256,7 +265,7 @@ __device__ __forceinline__ bool enter(const Call& call, const LoneRun& run, int 
     at.head = at.kv_head_idx = run.head, at.first_row = 0;
     at.begin = (run.b * call.num_kv_heads + run.head) * call.lone_runs * run.size, at.piece = run.run, at.left = 0;
     const int first = run.first_tile + run.first, end = run.first_tile + min(run.first + run.size, run.tiles);
-    at.end = end * TILE, at.pairs = go_by_twos(first, end);
+    at.end = end * TILE, at.together = tiles_together(first, end);
     go_to(call, at, first_of_warp(at, first) * TILE);
     return run.is_there(call);
 }

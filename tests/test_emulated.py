@@ -118,11 +118,11 @@ def positions_with(gaps: str, batch: int, count: int) -> np.ndarray:
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("heads", "new"), [(16, 1), (8, 2)])
 def test_long_runs_of_many_queries(gpu, dtype, gaps, heads, new):
-    """Warps take ten tiles two at a time, which share a rotation of the queries where positions are close."""
+    """Warps take twenty tiles, some at a time, which share a rotation of the queries where positions are close."""
     layer = make_layer(config_of(heads, 1, 64, 72, max_position_embeddings=1 << 17), dtype, TAME)
     cache = filled_cache(layer, [2555, 2550], 2560, positions_with(gaps, 2, 2560))
     attend = launch.attend_decode(layer.config, layer._backend._shape, layer._backend._limits, new, alone=False)
-    assert "PAIRED" in dict(attend.macros)
+    assert "TOGETHER" in dict(attend.macros)
     call(layer, cache, new)
     call(layer, cache, new, [new, 0], seed=2)
     call(layer, filled_cache(layer, [2555], 2560, positions_with(gaps, 1, 2560)), new, seed=3)

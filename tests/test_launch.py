@@ -342,18 +342,37 @@ def test_a_row_too_long_for_shared_memory_takes_the_products_of_prefill():
     assert not launch.holds_a_row(config, cuda.H200)
 
 
-def test_turns_of_keys_rotate_and_scale_them():
-    config, rng = make_config(head_dim=48, rope_theta=1e4), np.random.default_rng(0)
-    k_norm, key = rng.standard_normal(48).astype(np.float32), rng.standard_normal(48)
+@pytest.mark.parametrize("head_dim", [48, 64, 128])
+def test_turns_of_keys_rotate_and_scale_them(head_dim):
+    config, rng = make_config(head_dim=head_dim, rope_theta=1e4), np.random.default_rng(0)
+    k_norm, key, half = rng.standard_normal(head_dim).astype(np.float32), rng.standard_normal(head_dim), head_dim // 2
     turns = operands.key_turns(config, k_norm).astype(np.float64)
-    assert turns.shape == (launch.DECODE_TURNS, 24, 4)
-    cos, sin = ca.rope_angles(config, np.arange(launch.DECODE_TURNS))
-    low, high = key[:24], key[24:]
-    for offset in range(launch.DECODE_TURNS):
-        of_pair = turns[offset, np.arange(24) ^ (offset & 1)]  # as the kernel finds them
-        rotated = np.r_[low * of_pair[:, 0] - high * of_pair[:, 1], high * of_pair[:, 2] + low * of_pair[:, 3]]
+    apart = operands.turns_apart(config, k_norm).astype(np.float64)
+    keys = launch.DECODE_TOGETHER * launch.DECODE_TILE
+    assert turns.shape == (launch.DECODE_TILE, half, 4)
+    assert apart.shape == (1 + keys, launch.turn_stride(head_dim), 4)
+    cos, sin = ca.rope_angles(config, np.arange(keys))
+    low, high = np.split(key, 2)
+    for offset in range(keys):
         expected = ca.apply_rope((key * k_norm)[None, None, None], cos[offset : offset + 1], sin[offset : offset + 1])
-        assert np.abs(rotated - np.asarray(expected).reshape(48)).max() < 1e-5
+        expected = np.asarray(expected).reshape(head_dim)
+        of_pair = apart[1 + offset, : half // 2].reshape(half, 2)
+        weights = apart[0, : half // 2].reshape(-1, 2, 2)
+        a, c = low * weights[:, 0].ravel(), high * weights[:, 1].ravel()
+        rotated = np.r_[a * of_pair[:, 0] - c * of_pair[:, 1], c * of_pair[:, 0] + a * of_pair[:, 1]]
+        assert np.abs(rotated - expected).max() < 1e-5
+        if offset < launch.DECODE_TILE:
+            of_pair = turns[offset, np.arange(half) ^ (offset & 1)]  # as the kernel finds them
+            rotated = np.r_[low * of_pair[:, 0] - high * of_pair[:, 1], high * of_pair[:, 2] + low * of_pair[:, 3]]
+            assert np.abs(rotated - expected).max() < 1e-5
+
+
+@pytest.mark.parametrize("head_dim", range(16, 129, 16))
+def test_two_keys_next_to_each_other_meet_no_bank_twice(head_dim):
+    """Reads of 16 bytes go by eight lanes at a time, which are of two keys: 128 bytes, all banks."""
+    pieces = {(key * launch.turn_stride(head_dim) + quad) % 8 for key in range(2) for quad in range(4)}
+    assert len(pieces) == 8
+    assert launch.turn_stride(head_dim) >= head_dim // 4
 
 
 def test_step_turns_lead_from_one_row_to_the_next():
