@@ -395,8 +395,11 @@ class CudaBackend:
             buffers["qkv"] = (batch * seq, (heads + 2 * kv_heads) * dim), np.float32
             if few:
                 buffers["partial"] = (max(launch.few_floats(one) for one in few),), np.float32
-            runs, least = launch.lone_runs(config, batch, seq, attend) if plan.unpadded else (0, 0)
-            self._set(lone_runs=runs, lone_least=least)
+            runs, least = launch.alike_runs(config, batch, seq, attend) if plan.unpadded else (0, 0)
+            self._set(alike_runs=runs, alike_least=least)
+            left = any(one.name == "decode_combine" for one in launches)
+            if left:
+                buffers["left_parts"] = (part_words, 4), np.uint32
             counts += [head_counters, *(launch.few_counters(one) for one in few)]
         else:
             buffers["q"] = (parts, batch * seq, heads, dim), np.float16
@@ -406,7 +409,10 @@ class CudaBackend:
         scratch_arrays = {name: workspace.take(name, size, dtype, capturing=capturing)
                           for name, (size, dtype) in buffers.items()}  # fmt: skip
         zeroed = {"counters": workspace.take("counters", (max(counts),), np.int32, capturing=capturing, zeroed=True)}
-        if decode:
+        if decode and left:
+            scratch_arrays["parts"] = scratch_arrays.pop("left_parts")
+            zeroed["runs"] = workspace.take("runs", (head_counters, 2), np.int32, capturing=capturing, zeroed=True)
+        elif decode:
             zeroed["parts"] = workspace.take("parts", (part_words, 4), np.uint32, capturing=capturing, zeroed=True)
         self._set(notes=0)
         if noted:

@@ -16,6 +16,8 @@ MAX_HEAD_DIM = 256
 DECODE_VECTORS = 8  # gemv.cuh: tokens that share one read of the weights
 NORMALISED_ONCE = 4  # decode_project.cu: halves of more would leave attend_decode.cu no room beside them
 GEMV_THREADS = 256
+COMBINE_THREADS = 128  # decode_combine.cu
+LEAST_LEFT = 9  # blocks of a head whose parts are left to it
 # decode_project.cu, decode_output.cu: steps of W under way at once, by TILES.
 PROJECT_STEPS, OUTPUT_STEPS = {2: 7, 3: 5, 4: 4, 5: 2}, {1: 8, 2: 8, 3: 4, 4: 4}
 # gemv_lines.cuh: elements of a step, steps of a unit, what rows of a block are a multiple of, and how many at most.
@@ -24,7 +26,8 @@ FEW_ROWS, FEW_THREADS, FEW_CHUNK, FEW_STAGES, MAX_SPLITS = 64, 128, 64, 4, 8  # 
 MOST_ROW_THREADS = 992  # normalise_rows.cu: that share a row
 MAX_FEW = 256  # tokens: for more than that, tiles of a matrix product read the weights less often
 GEMM_WARPS, GEMM_BLOCK_K = 4, 64
-DECODE_TILE, DECODE_STAGES = 16, 2  # shares.cuh, decode_shared.cuh: keys of a warp's tile, tiles of its ring
+MOST_ALIKE = 32  # attend_decode.cu: sequences that a warp compares at once
+DECODE_TILE, DECODE_STAGES = 16, 2  # alike.cuh, decode_shared.cuh: keys of a warp's tile, tiles of its ring
 DECODE_TOGETHER = 4  # shares.cuh: tiles that one rotation of more than 8 queries serves, at most
 MOST_PIECES = 16  # shares.cuh
 # Tokens of a call and of a sequence, and queries of a KV head and sequence, that decode kernels take, which share out
@@ -38,13 +41,13 @@ _POINTERS = (
     "x", "residual", "y", "positions", "num_tokens", "qkv_proj", "folded_proj", "o_proj", "k_proj", "input_norm",
     "q_norm", "k_norm", "qkv_bias", "o_bias", "frequency", "k_turns", "turns", "k_cache", "v_cache", "lengths",
     "cached_positions", "fault", "rows", "notes", "hidden", "q", "k", "v", "attention", "qkv", "partial", "parts",
-    "counters",
+    "runs", "counters",
     "stage_input_norm", "stage_q", "stage_k", "stage_v", "stage_q_norm", "stage_k_norm", "stage_q_rope", "stage_k_rope",
     "stage_row_max", "stage_lse", "stage_attention", "stage_output",
 )  # fmt: skip
 _INTEGERS = (
     "batch", "seq", "hidden_size", "num_q_heads", "num_kv_heads", "capacity", "scratch_capacity", "past_tiles",
-    "heads_together", "group", "lone_runs", "lone_least", "max_position", "window",
+    "heads_together", "group", "alike_runs", "alike_least", "max_position", "window",
 )  # fmt: skip
 _FLOATS = (
     "eps", "qkv_scale", "qkv_unscale", "folded_rescale", "o_unscale", "rest_unscale", "score_scale", "v_scale",
@@ -231,10 +234,29 @@ def turn_stride(head_dim: int) -> int:
     return head_dim // 4 | 4
 
 
-def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits, seq: int, *, alone: bool) -> Launch:
+def leaves_parts(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int) -> bool:
+    """Return whether ``attend_decode.cu`` leaves it to ``decode_combine.cu`` to add up what its blocks found of a head.
+
+    With more than 8 queries the last of a head's blocks would be long about it, where there are many of them.
+    """
+    tiles = _head_tiles(config, seq)
+    heads = batch * config.num_key_value_heads * -(-config.group * seq // (8 * tiles))
+    return limits.wgmma and tiles > 1 and not shape.batch_invariant and LEAST_LEFT * heads <= limits.num_sms
+
+
+def decode_combine(config: AttentionConfig, shape: Shape, limits: Limits, seq: int) -> Launch:
+    """Launch of ``decode_combine.cu``."""
+    macros = macros_of(plain(shape), HEAD_TILES=_head_tiles(config, seq))
+    return Launch("decode_combine", macros, limits.num_sms, COMBINE_THREADS, 0, overlaps=True)
+
+
+def attend_decode(
+    config: AttentionConfig, shape: Shape, limits: Limits, seq: int, *, alone: bool, leaves: bool = False
+) -> Launch:
     """Launch of ``attend_decode.cu``: the grid is the GPU's, whatever the lengths.
 
     ``alone``: the kernel before leaves it no room to begin beside it, so it may have all of a multiprocessor.
+    ``leaves``: the kernel behind it is ``decode_combine.cu``.
     """
     dim, head_tiles = config.head_dim, _head_tiles(config, seq)
     rows, stride = 8 * head_tiles, dim + 8
@@ -254,7 +276,7 @@ def attend_decode(config: AttentionConfig, shape: Shape, limits: Limits, seq: in
     macros = macros_of(shape, HEAD_TILES=head_tiles, WARPS=warps, WINDOW=shape.windowed and 1,
                        FLOAT32_ANGLES=shape.float32_angles and 1, SEVERAL=seq > 1 and 1,
                        BATCH_INVARIANT=shape.batch_invariant and 1, HALVES=in_halves and 1,
-                       TOGETHER=joined and DECODE_TOGETHER)  # fmt: skip
+                       TOGETHER=joined and DECODE_TOGETHER, LEAVES_PARTS=leaves and 1)  # fmt: skip
     return Launch("attend_decode", macros, limits.num_sms, 32 * warps, smem, overlaps=True)
 
 
@@ -266,14 +288,15 @@ def decode_parts(config: AttentionConfig, batch: int, seq: int, one: Launch) -> 
     return (runs + heads) * min(rows, config.group * seq) * (config.head_dim // 2), heads
 
 
-def lone_runs(config: AttentionConfig, batch: int, seq: int, one: Launch) -> tuple[int, int]:
-    """Return a call's ``lone_runs`` and ``lone_least`` (``lone.cuh``): how blocks share out a lone sequence's keys.
+def alike_runs(config: AttentionConfig, batch: int, seq: int, one: Launch) -> tuple[int, int]:
+    """Return a call's ``alike_runs`` and ``alike_least`` (``alike.cuh``), for sequences alike in length.
 
-    The first is how many blocks of ``attend_decode.cu`` a head has at most for its one token, 0 for other calls; the
-    second how many tiles each of them has at least, if there are several.
+    The first is how many blocks of ``attend_decode.cu`` a head has at most for one token of its sequence, 0 for other
+    calls; the second how many tiles each of them has at least, if there are several.
     """
     macros, runs = dict(one.macros), one.grid // (batch * config.num_key_value_heads)
-    if seq > 1 or batch > 32 or "BATCH_INVARIANT" in macros or config.group > 8 * _head_tiles(config, seq) or runs < 1:
+    is_split = config.group > 8 * _head_tiles(config, seq)
+    if seq > 1 or batch > MOST_ALIKE or "BATCH_INVARIANT" in macros or is_split or runs < 1:
         return 0, 0
     return runs, int(macros["WARPS"])
 
@@ -453,4 +476,8 @@ def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, se
         first = project_qkv(config, shape, limits, tokens, past_tiles=0, batch=batch, raw=True, collect=False)
     if last is None:
         last = project_output(config, shape, limits, tokens, collect=False)
-    return [first, attend_decode(config, shape, limits, seq, alone=alone), last]
+    leaves = leaves_parts(config, shape, limits, batch, seq)
+    middle = [attend_decode(config, shape, limits, seq, alone=alone, leaves=leaves)]
+    if leaves:
+        middle.append(decode_combine(config, shape, limits, seq))
+    return [first, *middle, last]

@@ -68,7 +68,7 @@ def can_multiply_rest(shape: Shape, limits: Limits) -> bool:
 
 
 def can_fold(config: AttentionConfig, shape: Shape, limits: Limits) -> bool:
-    """Return whether prefill can multiply x as it is by a Wqkv that has the input norm's weight in it."""
+    """Return whether x can be multiplied as it is, by a Wqkv that has the input norm's weight in it."""
     return _can_project(config, shape, limits) and not shape.precise and shape.dtype == "float16"
 
 
@@ -233,14 +233,14 @@ def projects_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: 
 
 def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int) -> list[Launch]:
     """Return the launches of a call of one token a sequence, or a few: ``launch.decode``'s where these do not fit."""
-    first, middle, last = launch.decode(config, shape, limits, batch, seq)
+    first, *middle, last = launch.decode(config, shape, limits, batch, seq)
     tokens = batch * seq
     if not projects_few(config, shape, limits, tokens):
-        return [first, middle, last]
+        return [first, *middle, last]
     rows = launch.normalise_rows(config, shape, tokens)
     # Blocks of both fit a multiprocessor, if rows are not too long: weights are on their way while they are normalised.
     room = min(rows.smem_bytes + launch.RESERVED_SMEM + ALIGNMENT, limits.block_smem // 4)
     first = _few("project_qkv_few_wgmma", shape, limits, tokens, config.q_size + 2 * config.kv_size, config.hidden_size,
                  ("hidden_parts", "qkv_rows"), room)  # fmt: skip
     last = _project_output_few(config, launch.plain(shape), limits, tokens, room)
-    return [rows, first, middle, last]
+    return [rows, first, *middle, last]

@@ -4,7 +4,7 @@
 // The new tokens' k and v are rounded to the storage dtype, appended to the cache and attended to like the rest, by those
 // of them that come no earlier.
 //
-// Every block takes an equal run of all tiles of 16 keys (shares.cuh, lone.cuh). Where a run crosses from one head to the next the
+// Every block takes an equal run of all tiles of 16 keys (shares.cuh, alike.cuh). Where a run crosses from one head to the next the
 // block sums up each on its own. Warps take the tiles in turns, each with a ring of its own and no barrier before the
 // head's end.
 //
@@ -17,8 +17,8 @@
 // and k_norm apart, as shared memory is then what is busiest and a table of less takes less of it.
 //
 // Grid: a block a multiprocessor; block 32 WARPS threads. Shared memory: Shared in decode_shared.cuh. -D: those of call.cuh,
-// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT, TOGETHER (shares.cuh). Memory bound: one read of K
-// and V. Next come the instructions of a tile (decode_tile.cuh).
+// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT, TOGETHER (shares.cuh), LEAVES_PARTS (to decode_combine.cu).
+// Memory bound: one read of K and V. Next come the instructions of a tile (decode_tile.cuh).
 #include "decode_sums.cuh"
 #include "decode_tile.cuh"
 
@@ -27,12 +27,18 @@
 constexpr bool SHORT_OF_REGISTERS = OVERLAPPING && (WARPS > 8 || (HEAD_DIM <= 128 && HEAD_TILES == 1 && IS_ONE));
 constexpr int MOST_REGISTERS = SHORT_OF_REGISTERS ? 168 : 255;
 
+#ifdef LEAVES_PARTS
+constexpr bool ADDS_PARTS = false;
+#else
+constexpr bool ADDS_PARTS = true;
+#endif
+
 extern "C" __global__ void __maxnreg__(MOST_REGISTERS)
 attend_decode(const __grid_constant__ Call call)
 {
     extern __shared__ __align__(512) char smem[];  // sizeof(Shared), rows at multiples of their length; see launch.py
     Shared& shared = *reinterpret_cast<Shared*>(smem);
-    __shared__ bool is_last;  // of the blocks that have a part in the head
+    __shared__ bool is_last;  // of the blocks that have a part in the head; or alone in it
     __shared__ int arrived;   // blocks at the head before this one; the keeper's, kept here since registers are short
     __shared__ int3 runs;  // of a head: the first block, or piece, that has a part in it, how many have, and which of them this one is
     // What is not needed within a head, since registers are short: where the first warp entered it, and how all is shared out.
@@ -53,9 +59,9 @@ attend_decode(const __grid_constant__ Call call)
     Cursor at;
     bool is_there;
     const int own_past = work_out_here(past);
-    if (IS_ONE && !BY_PIECES && call.lone_runs > 0 &&
-        (call.batch == 1 || !__any_sync(0xffffffffu, own_past != __shfl_sync(0xffffffffu, own_past, 0)))) {
-        is_there = enter(call, find_lone_run(call, own_past, IS_WINDOWED), own_past, shares, at);
+    const auto is_alike = [&]() { return !__any_sync(0xffffffffu, own_past != __shfl_sync(0xffffffffu, own_past, 0)); };
+    if (IS_ONE && !BY_PIECES && call.alike_runs > 0 && (call.batch == 1 || is_alike())) {
+        is_there = enter(call, find_alike_run(call, own_past, IS_WINDOWED), own_past, shares, at);
     } else {
         const int heads_a_sequence = call.num_kv_heads * ((queries + ROWS - 1) / ROWS);
         const int runs_at_most = most_runs(call, heads_a_sequence);
@@ -110,7 +116,7 @@ attend_decode(const __grid_constant__ Call call)
     // is last waits only for blocks that are under way, in this head or an earlier one. All go through heads in one order, and no
     // circle of waits can be. The answer takes a while.
     const auto arrivals_at = [&](const Cursor& to) { return call.counters + to.b * kept_shares.heads + to.head; };
-    const auto arrive = [&](const Cursor& to) { return is_keeper ? atomicAdd(arrivals_at(to), 1) : 0; };
+    const auto arrive = [&](const Cursor& to) { return ADDS_PARTS && is_keeper ? atomicAdd(arrivals_at(to), 1) : 0; };
     int before = arrive(at);
     if (has_new) load8(new_source, new_values);
     load_query(call, at, group, warp, own_query);
@@ -211,18 +217,21 @@ attend_decode(const __grid_constant__ Call call)
             load_query(call, next, group, warp, own_query);
             new_at = new_position(call, next.b, next.past, next.count - 1);
         }
-        if (is_keeper) {
+        if (is_keeper && ADDS_PARTS) {
             is_last = arrived == runs.y - 1;
             if (is_last) *arrivals_at(at) = 0;
+        } else if (is_keeper) {
+            is_last = runs.y == 1;
+            if (runs.z == 0) call.runs[at.b * kept_shares.heads + at.head] = make_int2(runs.x, runs.y);
         }
         if (goes_on) before = arrive(next);
         __syncthreads();
         const int first_run = runs.x, num_runs = runs.y, own_run = runs.z, head_idx = at.b * kept_shares.heads + at.head;
-        const auto attention_of = [&](int r) {  // of row r
+        const auto attention_at = [&](int r) {  // of row r
             const int query = at.first_row + r, token = IS_ONE ? 0 : query / group;
             const long long m = IS_ONE ? at.b : static_cast<long long>(at.b) * call.seq + token;
             const int q_head_idx = at.kv_head_idx * group + query - token * group;
-            return call.attention + (m * call.num_q_heads + q_head_idx) * HEAD_DIM;
+            return attention_of(call, m, q_head_idx);
         };
         const int part_size = min(ROWS, queries) * (HEAD_DIM / 2);
         uint4* const parts = call.parts + static_cast<long long>(first_run + head_idx) * part_size;
@@ -247,16 +256,12 @@ attend_decode(const __grid_constant__ Call call)
                     if (is_there[n]) store_word(parts + static_cast<long long>(own_run) * part_size + word[n], word_of(found[n]));
                 continue;
             }
-            if (work_out_here(num_runs) > 1)  // here: not two loops
+            if (ADDS_PARTS && work_out_here(num_runs) > 1)  // here: not two loops
                 add_parts(found, part_size, num_runs, own_run, [&](int n) { return parts + word[n]; },
                           [&](int n) { return is_there[n]; });
 #pragma unroll
             for (int n = 0; n < AT_ONCE; ++n) {
-                if (!is_there[n]) continue;
-                __half* const attention = attention_of(r[n]) + 16 * j[n] + i;
-                const float scale = __fdividef(call.v_scale, found[n].sum);
-                attention[0] = __float2half_rn(found[n].value.x * scale);
-                attention[8] = __float2half_rn(found[n].value.y * scale);
+                if (is_there[n]) store_attention(call, attention_at(r[n]), found[n], j[n], i);
             }
         }
         if (!goes_on) return;

@@ -50,7 +50,8 @@ struct Call {
     __half* attention;  // [B S, Hq D]
     float* qkv;         // [B, (Hq + 2 Hkv) D], decode only
     float* partial;     // of project_*_few.cu, decode only
-    uint4* parts;       // of attend_decode.cu, decode only; zero between kernels
+    uint4* parts;       // of attend_decode.cu, decode only; zero between kernels, unless decode_combine.cu adds them up
+    int2* runs;         // of each head, for decode_combine.cu: the first that has a part in it, how many have; zero when made
     int* counters;      // zero between kernels
     // Stages to collect (-D COLLECT), float32, laid out as in reference.py.
     float* stage_input_norm;
@@ -75,7 +76,7 @@ struct Call {
     int past_tiles;    // PAST_ROWS-row tiles of the longest cached sequence
     int heads_together;  // KV heads that attend_wgmma goes through before it comes to others
     int group;         // Hq / Hkv
-    int lone_runs, lone_least;  // see LoneRun in lone.cuh, or 0
+    int alike_runs, alike_least;  // see AlikeRun in alike.cuh, or 0
     int max_position;  // positions are below this
     int window;        // largest difference of positions a query sees, plus one
     float eps;         // rms_norm_eps, in units of x^2

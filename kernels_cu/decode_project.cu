@@ -9,7 +9,7 @@
 // bound: one read of Wqkv, most of it before the kernel ahead has ended.
 #include "call.cuh"
 #include "gemv_lines.cuh"
-#include "lone.cuh"
+#include "alike.cuh"
 #include "reduce.cuh"
 #include "storage.cuh"
 
@@ -49,16 +49,7 @@ decode_project(const __grid_constant__ Call call)
     uint4* const x_parts = reinterpret_cast<uint4*>(x_smem);
     const int total_rows = (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
     const int rows = W::rows_of_block(total_rows), first = blockIdx.x * rows;
-    if (blockIdx.x == gridDim.x - 1) {
-        wait_for_previous_kernel();
-        let_next_kernel_begin();
-        if (threadIdx.x < num_tokens) describe_row(call, threadIdx.x, sequence(call, threadIdx.x / call.seq));
-        return;
-    }
-    if (first >= total_rows) {
-        wait_for_previous_kernel();
-        return;
-    }
+    if (gemv::has_no_rows(call, first, total_rows)) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, m = lane / 4;
 
     W w(call.qkv_proj + static_cast<long long>(first) * size, total_rows - first, rows, size, memory);
@@ -71,7 +62,7 @@ decode_project(const __grid_constant__ Call call)
     const int sharing = 1 << shift, token = warp >> shift, part = warp & (sharing - 1);
     const int first_mine = token < num_tokens ? (part * 32 + lane) * VECTOR : size, step_mine = sharing * 32 * VECTOR;
     const STORAGE* const x = call.x + static_cast<long long>(token) * size;
-    if (W::HAS_ALL && threadIdx.x == 0) prefetch_lone_run(call);
+    if (W::HAS_ALL && threadIdx.x == 0) prefetch_alike_run(call);
     wait_for_previous_kernel();
     // Not before: attend_decode reads lengths and cached keys at once, so all calls before this one must have ended.
     let_next_kernel_begin();

@@ -9,7 +9,7 @@
 // decode_project.cu holds). Memory bound: one read of Wqkv, most of it before the kernel ahead has ended.
 #include "call.cuh"
 #include "gemv_lines.cuh"
-#include "lone.cuh"
+#include "alike.cuh"
 #include "reduce.cuh"
 #include "storage.cuh"
 
@@ -46,19 +46,10 @@ decode_project_folded(const __grid_constant__ Call call)
     const int num_tokens = call.batch * call.seq, size = call.hidden_size;
     const int total_rows = (call.num_q_heads + 2 * call.num_kv_heads) * HEAD_DIM;
     const int rows = W::rows_of_block(total_rows), first = blockIdx.x * rows;
-    if (blockIdx.x == gridDim.x - 1) {
-        wait_for_previous_kernel();
-        let_next_kernel_begin();
-        if (threadIdx.x < num_tokens) describe_row(call, threadIdx.x, sequence(call, threadIdx.x / call.seq));
-        return;
-    }
-    if (first >= total_rows) {
-        wait_for_previous_kernel();
-        return;
-    }
+    if (gemv::has_no_rows(call, first, total_rows)) return;
     const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
     W w(call.folded_proj + static_cast<long long>(first) * size, total_rows - first, rows, size, memory);
-    if (W::HAS_ALL && threadIdx.x == 0) prefetch_lone_run(call);
+    if (W::HAS_ALL && threadIdx.x == 0) prefetch_alike_run(call);
     wait_for_previous_kernel();
     // Not before: attend_decode reads lengths and cached keys at once, so all calls before this one must have ended.
     let_next_kernel_begin();

@@ -1,27 +1,15 @@
 // How attend_decode.cu adds up what warps found of a head, and what blocks did: always in the same order.
 //
-// Weights are powers of two relative to a score that was the largest of those a warp, or a block, saw: `largest`. What warps
-// found is where their last tiles were (sum_index). What a block found is a part: [rows, D / 2] words of 128 bits, Found, which
-// are zero until they are written.
+// What warps found is where their last tiles were (sum_index), what blocks did are parts (decode_parts.cuh).
 #pragma once
+#include "decode_parts.cuh"
 #include "decode_shared.cuh"
-
-struct Found {
-    float2 value;  // sums of weighted v, of dims 16 j + i and 8 more
-    float largest, sum;
-};
-
-// As a word whose last quarter is not 0, which says that it is there: -0 stands for 0.
-__device__ __forceinline__ uint4 word_of(const Found& found) {
-    return make_uint4(__float_as_uint(found.value.x), __float_as_uint(found.value.y), __float_as_uint(found.largest),
-                      found.sum == 0.0f ? 0x80000000u : __float_as_uint(found.sum));
-}
 
 // Row r, dims 16 j + i and 8 more, of what all warps found. Every lane looks at all of them: what goes from lane to lane takes
 // longer than to work it out.
 __device__ __forceinline__ Found sum_of_warps(const Shared& shared, int r, int j, int i) {
     float2 found[WARPS];
-    Found all = {make_float2(0.0f, 0.0f), MINUS_INFINITY, 0.0f};
+    Found all = nothing();
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) {
         found[w] = shared.found[w][r];
@@ -49,7 +37,7 @@ __device__ __forceinline__ void add_parts(Found (&all)[WORDS], int stride, int n
     constexpr int AT_ONCE = 8 / WORDS;  // parts: as many loads are under way
     Found found[WORDS];
 #pragma unroll
-    for (int n = 0; n < WORDS; ++n) found[n] = all[n], all[n] = {make_float2(0.0f, 0.0f), MINUS_INFINITY, 0.0f};
+    for (int n = 0; n < WORDS; ++n) found[n] = all[n], all[n] = nothing();
 #pragma unroll 1
     for (int first = 0; first < num_parts; first += AT_ONCE) {
         uint4 words[WORDS][AT_ONCE];
@@ -59,7 +47,7 @@ __device__ __forceinline__ void add_parts(Found (&all)[WORDS], int stride, int n
         for (int n = 0; n < WORDS; ++n)
 #pragma unroll
             for (int u = 0; u < AT_ONCE; ++u) {
-                words[n][u] = make_uint4(0, 0, 0xff800000u, is_there(n, u) ? 0 : 0x80000000u);
+                words[n][u] = make_uint4(0, 0, NO_KEY, is_there(n, u) ? 0 : IS_THERE);
                 if (first + u == own) words[n][u] = word_of(found[n]);
             }
         bool is_missing = true;
@@ -82,20 +70,6 @@ __device__ __forceinline__ void add_parts(Found (&all)[WORDS], int stride, int n
             for (int u = 0; u < AT_ONCE; ++u)
                 if (is_there(n, u) && first + u != own) *at(n, u) = make_uint4(0, 0, 0, 0);
 #pragma unroll
-        for (int n = 0; n < WORDS; ++n) {
-            Found& sum = all[n];
-            float most = sum.largest;
-#pragma unroll
-            for (int u = 0; u < AT_ONCE; ++u) most = fmaxf(most, __uint_as_float(words[n][u].z));
-            // No key is in the window yet: -inf - -inf would be NaN.
-            const float base = most == MINUS_INFINITY ? 0.0f : most, shrink = power_of_two(sum.largest - base);
-            sum.largest = most, sum.value.x *= shrink, sum.value.y *= shrink, sum.sum *= shrink;
-#pragma unroll
-            for (int u = 0; u < AT_ONCE; ++u) {
-                const float weight = power_of_two(__uint_as_float(words[n][u].z) - base);
-                sum.value.x += weight * __uint_as_float(words[n][u].x), sum.value.y += weight * __uint_as_float(words[n][u].y);
-                sum.sum += weight * __uint_as_float(words[n][u].w);
-            }
-        }
+        for (int n = 0; n < WORDS; ++n) all[n].add(words[n]);
     }
 }

@@ -25,6 +25,19 @@ __device__ __forceinline__ void take_all_registers() {
 #endif
 }
 
+// Whether this block of decode_project*.cu has no rows of W, of which it would have those from `first` on. The last one describes the
+// tokens' rows for the kernels that follow.
+__device__ __forceinline__ bool has_no_rows(const Call& call, int first, int total_rows) {
+    const bool describes = blockIdx.x == gridDim.x - 1;
+    if (!describes && first < total_rows) return false;
+    wait_for_previous_kernel();
+    if (describes) {
+        let_next_kernel_begin();
+        if (threadIdx.x < call.batch * call.seq) describe_row(call, threadIdx.x, sequence(call, threadIdx.x / call.seq));
+    }
+    return true;
+}
+
 // Loads of a thread that are asked for before some have come. Of a block's 32 KB under way at once a tile of attention beside it takes
 // 0.8 us longer, of 16 KB it does not (docs/decode-notes.md, version 32).
 constexpr int AT_A_TIME = 4;

@@ -10,7 +10,7 @@
 namespace gemv {
 
 constexpr int LINE = 256;  // elements of a step
-constexpr int LINES_AT_A_TIME = 6;  // as AT_A_TIME
+constexpr int LINES_AT_A_TIME = 6;  // as AT_A_TIME, of those to registers
 
 // One block's rows of W, of 2 Unit LINE elements: as many as other blocks have, a multiple of 4, or what is left. Of a warp's units
 // AT_ONCE are under way at a time, LATER of their steps to shared memory and the others to registers. Parts: of v.

@@ -12,7 +12,7 @@
 // up on its own. Places, widths and shares count pieces then, not tiles.
 // -D: those of call.cuh, HEAD_TILES, WARPS, WINDOW, SEVERAL (more than one new token a sequence), BATCH_INVARIANT, HALVES, TOGETHER.
 #pragma once
-#include "lone.cuh"
+#include "alike.cuh"
 
 constexpr int ROWS = 8 * HEAD_TILES;  // queries of a head, at most
 constexpr int ALONE = 2 * WARPS;             // tiles that one block does sooner than several that have to meet
@@ -94,7 +94,7 @@ struct Shares {
     int size;
     int whole_runs;  // or 0; all heads have as many tiles
     int crossing;
-    bool in_turns;   // a lone sequence's: runs are in the order of LoneRun
+    bool in_turns;   // runs are in the order of AlikeRun
 
     __device__ __forceinline__ int width(int tiles) const {
         if (BY_PIECES) return pieces_of(tiles);
@@ -258,12 +258,12 @@ __device__ __forceinline__ bool enter(const Call& call, const Shares& shares, in
     return BY_PIECES || from < s.tiles || next_head(call, shares, at);
 }
 
-// Enter the run of a lone sequence; false if there is none.
-__device__ __forceinline__ bool enter(const Call& call, const LoneRun& run, int past, Shares& shares, Cursor& at) {
+// Enter a run where sequences are alike; false if there is none.
+__device__ __forceinline__ bool enter(const Call& call, const AlikeRun& run, int past, Shares& shares, Cursor& at) {
     shares = {call.num_kv_heads, run.size, 0, 0, true};
     at.b = run.b, at.past = past, at.count = 1, at.width = run.tiles;
     at.head = at.kv_head_idx = run.head, at.first_row = 0;
-    at.begin = (run.b * call.num_kv_heads + run.head) * call.lone_runs * run.size, at.piece = run.run, at.left = 0;
+    at.begin = (run.b * call.num_kv_heads + run.head) * call.alike_runs * run.size, at.piece = run.run, at.left = 0;
     const int first = run.first_tile + run.first, end = run.first_tile + min(run.first + run.size, run.tiles);
     at.end = end * TILE, at.together = tiles_together(first, end);
     go_to(call, at, first_of_warp(at, first) * TILE);

@@ -117,13 +117,19 @@ def positions_with(gaps: str, batch: int, count: int) -> np.ndarray:
 @pytest.mark.parametrize("gaps", GAPS)
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize(("heads", "new"), [(16, 1), (8, 2)])
-def test_long_runs_of_many_queries(gpu, dtype, gaps, heads, new):
+@pytest.mark.parametrize("leaves", [False, True])
+def test_long_runs_of_many_queries(monkeypatch, gpu, dtype, gaps, heads, new, leaves):
     """Warps take twenty tiles, some at a time, which share a rotation of the queries where positions are close."""
     layer = make_layer(config_of(heads, 1, 64, 72, max_position_embeddings=1 << 17), dtype, TAME)
     cache = filled_cache(layer, [2555, 2550], 2560, positions_with(gaps, 2, 2560))
-    attend = launch.attend_decode(layer.config, layer._backend._shape, layer._backend._limits, new, alone=False)
-    assert "TOGETHER" in dict(attend.macros)
+    if leaves:
+        monkeypatch.setattr(launch, "LEAST_LEFT", 2)
     call(layer, cache, new)
+    (launches,) = layer._backend._launches.values()
+    assert [one.name for one in launches[1:-1]] == ["attend_decode", "decode_combine"][: 1 + leaves]
+    macros = dict(launches[1].macros)
+    assert "TOGETHER" in macros
+    assert ("LEAVES_PARTS" in macros) == leaves
     call(layer, cache, new, [new, 0], seed=2)
     call(layer, filled_cache(layer, [2555], 2560, positions_with(gaps, 1, 2560)), new, seed=3)
 
@@ -176,7 +182,7 @@ def test_decode_of_one_token_reads_long_rows_as_lines(monkeypatch, hidden, q_hea
     """Where W's rows are shared out evenly, and where the last block has fewer or none."""
     emulated_gpu.pretend(monkeypatch, num_sms=num_sms)
     layer = make_layer(config_of(q_heads, 1, 64, hidden), dtype, TAME)
-    first, _, last = launch.decode(layer.config, layer._backend._shape, layer._backend._limits, 1, 1)
+    first, *_, last = launch.decode(layer.config, layer._backend._shape, layer._backend._limits, 1, 1)
     assert tuple(dict(one.macros).get("UNIT") for one in (first, last)) == units
     call(layer, filled_cache(layer, [20], 21), 1)
 

@@ -97,6 +97,31 @@ def test_steps_at_uneven_positions_after_many_tokens(dtype):
 
 
 @gpu
+@pytest.mark.parametrize("k_norm_max", [1.5, 96.5])
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize(("heads", "new"), [((16, 1), 1), ((32, 2), 1), ((4, 2), 6)])
+def test_many_queries_of_many_keys(dtype, heads, new, k_norm_max):
+    """decode_combine adds up what some blocks found, or one did all; and lengths differ or not."""
+    config = make_config(**SHAPE | {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]})
+    layer, capacity = make_layer(config, dtype, k_norm_max=k_norm_max), 5000
+    k, v = (normal((2, capacity, heads[1], 128), dtype, seed=seed) for seed in (1, 2))
+    x = make_hidden(config, 2, new, dtype=dtype)
+    for lengths in ([4100], [4990], [100], [3000, 3000], [4097, 17], [200, 250]):
+        batch = len(lengths)
+        state = {"k": k[:batch], "v": v[:batch], "lengths": np.array(lengths),
+                 "positions": np.tile(np.arange(capacity), (batch, 1))}  # fmt: skip
+        cache = layer.new_cache(batch, capacity)
+        results = []
+        for _ in range(2):
+            cache.restore(state)
+            results.append(to_numpy(layer(x[:batch], cache)))
+        assert results[0].tobytes() == results[1].tobytes()
+        for b, n in enumerate(lengths):
+            check(results[0][b], last_rows(layer, x[b], k[b, :n], v[b, :n], np.arange(n + new)), dtype, most=2.0)
+    assert all(launches[-2].name == "decode_combine" for launches in layer._backend._launches.values())
+
+
+@gpu
 @pytest.mark.usefixtures("_kernels")
 def test_a_cache_of_more_than_2_to_the_31_elements():
     import cupy
@@ -131,7 +156,7 @@ def test_a_cache_of_more_than_2_to_the_31_elements():
 
 @gpu
 def test_quotients_by_way_of_floats_are_those_of_integers():
-    """``small_quotient`` of lone.cuh up to the largest dividend it is for: at, below and above multiples."""
+    """``small_quotient`` of alike.cuh up to the largest dividend it is for: at, below and above multiples."""
     import cupy
 
     source = """#include "shares.cuh"

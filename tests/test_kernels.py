@@ -75,6 +75,11 @@ def test_no_three_blocks_of_decodes_projections_fit_where_attention_should_begin
     project, output, attend = (kernels.compile_for("sm_90a", one.name, one.macros).registers for one in ones)
     assert project == output
     assert 3 * launch.GEMV_THREADS * output > 65_536 >= launch.GEMV_THREADS * output + ones[2].threads * attend
+    many = model_config("235B-A22B")
+    attend = launch.attend_decode(many, shape, cuda.H200, 1, alone=True, leaves=True)
+    combine = launch.decode_combine(many, shape, cuda.H200, 1)
+    registers = [kernels.compile_for("sm_90a", one.name, one.macros).registers for one in (attend, combine)]
+    assert attend.threads * -(-registers[0] // 8) * 8 + combine.threads * registers[1] <= 65_536
     for tokens in (1, 8):  # by weights with the norm in them, a few tokens' block fits beside two others
         one = launch.decode_project(config, dataclasses.replace(shape, folded=True), cuda.H200, tokens)
         folded = kernels.compile_for("sm_90a", one.name, one.macros).registers

@@ -45,19 +45,35 @@ def test_the_struct_of_a_call_is_the_same_on_both_sides(tmp_path, monkeypatch):
     assert kernels.compile_for("sm_90a", "same", macros).cubin
 
 
-def test_what_a_lone_sequences_blocks_know_ahead_of_its_length():
+def test_who_leaves_it_to_another_kernel_to_add_up_heads():
+    """Many queries of a KV head, and many blocks to a head: 132 for 4 KV heads of each sequence, or 8."""
+    shape = launch.Shape("float16", 128, precise=False, windowed=False, float32_angles=False)
+
+    def leaves(model, batch, seq, shape=shape, limits=cuda.H200) -> bool:
+        names = [one.name for one in wgmma.decode(CONFIGS[model], shape, limits, batch, seq)]
+        assert names.count("attend_decode") == 1
+        return names[names.index("attend_decode") + 1] == "decode_combine"
+
+    assert [leaves("235B-A22B", batch, 1) for batch in (1, 3, 4, 8, 64)] == [True, True, False, False, False]
+    assert [leaves("0.6B", 1, seq) for seq in (1, 4, 5, 8, 9)] == [False, False, True, True, False]
+    assert not leaves("235B-A22B", 1, 1, dataclasses.replace(shape, batch_invariant=True))
+    assert not leaves("235B-A22B", 1, 1, limits=dataclasses.replace(cuda.H200, wgmma=False))
+
+
+def test_what_blocks_know_ahead_of_lengths_that_are_alike():
     config = CONFIGS["0.6B"]
     shape = launch.Shape("float16", 128, precise=False, windowed=False, float32_angles=False)
     attend = launch.attend_decode(config, shape, cuda.H200, 1, alone=False)
-    assert launch.lone_runs(config, 1, 1, attend) == (132 // 8, 8)  # runs of a head; tiles, one for each warp
-    assert launch.lone_runs(config, 8, 1, attend) == (2, 8)
-    assert launch.lone_runs(config, 17, 1, attend) == launch.lone_runs(config, 1, 2, attend) == (0, 0)
+    assert launch.alike_runs(config, 1, 1, attend) == (132 // 8, 8)  # runs of a head; tiles, one for each warp
+    assert launch.alike_runs(config, 8, 1, attend) == (2, 8)
+    assert launch.alike_runs(config, 16, 1, attend) == (1, 8)
+    assert launch.alike_runs(config, 17, 1, attend) == launch.alike_runs(config, 1, 2, attend) == (0, 0)
     invariant = launch.attend_decode(
         config, dataclasses.replace(shape, batch_invariant=True), cuda.H200, 1, alone=False
     )
-    assert launch.lone_runs(config, 1, 1, invariant) == (0, 0)
+    assert launch.alike_runs(config, 1, 1, invariant) == (0, 0)
     many = CONFIGS["G 20, D 128"]  # two heads' worth of queries to a KV head
-    assert launch.lone_runs(many, 1, 1, launch.attend_decode(many, shape, cuda.H200, 1, alone=False)) == (0, 0)
+    assert launch.alike_runs(many, 1, 1, launch.attend_decode(many, shape, cuda.H200, 1, alone=False)) == (0, 0)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -104,7 +120,7 @@ def test_launches_that_fit_the_gpu(name, gpu):
             calls.append(wgmma.decode(config, shape, limits, batch, seq))
         for launches in calls:
             names = [one.name for one in launches]
-            assert len(names) == (4 if names[0] == "normalise_rows" else 3)
+            assert len(names) == 3 + (names[0] == "normalise_rows") + ("decode_combine" in names)
             for one in launches:
                 static = launch.GEMV_STATIC_SMEM if one.name.startswith(("decode_project", "decode_output")) else 0
                 assert one.smem_bytes + static <= limits.block_smem, one
@@ -283,9 +299,9 @@ def test_clusters_of_a_few_tokens_projections_run_all_at_once(name, tokens):
     shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
     launches = wgmma.decode(config, shape, gpu, tokens, 1)
     if not wgmma.projects_few(config, shape, gpu, tokens):
-        assert len(launches) == 3
+        assert not any(one.splits > 1 for one in launches)
         return
-    rows, first, _, last = launches
+    rows, first, *_, last = launches
     assert (rows.name, rows.grid) == ("normalise_rows", tokens)
     sizes = (config.q_size + 2 * config.kv_size, config.hidden_size), (config.hidden_size, config.q_size)
     for one, (weights, k_size) in zip((first, last), sizes, strict=True):

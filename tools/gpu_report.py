@@ -111,7 +111,7 @@ def run_tests() -> dict[str, Any]:
 
 # Tools, and among how many processes each shares out the runs: one takes much longer than the others.
 SANITIZERS = {"memcheck": 1, "racecheck": 3, "initcheck": 1, "synccheck": 1}
-SANITIZER_LIMIT_S = 270  # for one process, while the others run beside it
+SANITIZER_LIMIT_S = 330  # for one process, while the others run beside it
 
 
 def sanitize() -> dict[str, Any]:

@@ -93,7 +93,7 @@ def small_runs() -> list[Small]:
         *(Small(*kind) for kind in both),  # prefill, chunked prefill, decode of few sequences
         *(Small(dtype, False, calls=(130, 70), num_sms=n, rest=True) for dtype in DTYPES for n in (2, None)),
         *(Small(*kind, batch=12, calls=(70, 1), num_sms=2) for kind in both),  # decode of many
-        *(Small(*kind, batch=12, calls=(20, 1), heads=(16, 1)) for kind in both),
+        *(Small(*kind, batch=12, calls=(20, 1), heads=(16, 1), num_sms=100) for kind in both),
         *(Small(*kind, batch=2, calls=(130, 130, 1), num_sms=2) for kind in both),  # from tile to tile, after a past
         *(Small(*kind, calls=(130, 70), heads=(3, 1), num_sms=2) for kind in both),  # no two heads that share keys
         *(Small(dtype, False, calls=(130, 70), heads=(3, 1), num_sms=2, rest=True) for dtype in DTYPES),
@@ -122,9 +122,11 @@ def small_runs() -> list[Small]:
             for heads, hidden_size, num_sms in LINES[:4]
         ),
         *(Small(*kind, calls=(20, 1), heads=(16, 1)) for kind in both),
-        Small("float16", False, calls=(1030, 1), heads=(16, 1), num_sms=1),  # two tiles of keys at a time
+        Small("float16", False, calls=(1030, 1), heads=(16, 1), num_sms=1),  # four tiles of keys at a time
+        Small("bfloat16", False, calls=(270, 1), heads=(16, 1)),  # parts for decode_combine
         *(Small(*kind, batch=batch, calls=(20, 1), heads=(8, 1)) for kind in both for batch in (1, 12)),
         *(Small(*kind, calls=(2, 8, 16, 1)) for kind in both),  # a few tokens a sequence
+        *(Small(*kind, calls=(8,), num_sms=12) for kind in both),
         *(Small(*kind, batch=6, calls=(2, 1)) for kind in crossed),
         *(Small(*kind, batch=12, calls=(3, 1), batch_invariant=True) for kind in crossed),
         *(Small(*kind, batch=64, calls=(1, 1)) for kind in both),

@@ -1,5 +1,5 @@
-// Where the one token of a lone sequence finds its keys, when a head may have several runs of them: attend_decode.cu needs no
-// search then (shares.cuh), and decode_project*.cu, which come ahead of it, know what it will ask for first.
+// Where one token each of sequences alike in length, or of one, finds its keys where there are no more heads than blocks:
+// attend_decode.cu needs no search then (shares.cuh), and decode_project*.cu, which come ahead of it, know what it asks for first.
 #pragma once
 #include "call.cuh"
 
@@ -19,25 +19,25 @@ __device__ __forceinline__ int first_tile(const Call& call, int past, bool is_wi
     return is_windowed ? max(0, past - call.window + 1) / TILE : 0;
 }
 
-// First runs of all heads come before second ones. A head has call.lone_runs of them at most; no more than one of up to
-// 2 call.lone_least tiles, which one block does sooner than several that have to meet, and otherwise no shorter ones than lone_least.
-struct LoneRun {
-    int b, head, run;       // of the head's runs, this block's
+// First runs of all heads come before second ones. A head has call.alike_runs of them at most; no more than one of up to
+// 2 call.alike_least tiles, which one block does sooner than several that have to meet, and otherwise no shorter ones than alike_least.
+struct AlikeRun {
+    int b, head, run;       // sequence, its head, and which of that one's runs this block has
     int first_tile, tiles;  // of the head
     int first, size;        // of this run, from the head's first tile; tiles of every run
 
-    __device__ __forceinline__ bool is_there(const Call& call) const { return run < call.lone_runs && first < tiles; }
+    __device__ __forceinline__ bool is_there(const Call& call) const { return run < call.alike_runs && first < tiles; }
 };
 
-__device__ __forceinline__ LoneRun find_lone_run(const Call& call, int past, bool is_windowed) {
-    LoneRun at;
+__device__ __forceinline__ AlikeRun find_alike_run(const Call& call, int past, bool is_windowed) {
+    AlikeRun at;
     at.run = small_quotient(blockIdx.x, call.batch * call.num_kv_heads);
     const int place = blockIdx.x - at.run * call.batch * call.num_kv_heads;
     at.b = call.batch > 1 ? small_quotient(place, call.num_kv_heads) : 0, at.head = place - at.b * call.num_kv_heads;
     at.first_tile = first_tile(call, past, is_windowed);
     at.tiles = past < call.capacity ? end_tile(past, 1) - at.first_tile : 0;
-    const int even = small_quotient(at.tiles + call.lone_runs - 1, call.lone_runs);
-    at.size = at.tiles <= 2 * call.lone_least ? max(1, at.tiles) : max(call.lone_least, even);
+    const int even = small_quotient(at.tiles + call.alike_runs - 1, call.alike_runs);
+    at.size = at.tiles <= 2 * call.alike_least ? max(1, at.tiles) : max(call.alike_least, even);
     at.first = at.run * at.size;
     return at;
 }
@@ -45,12 +45,13 @@ __device__ __forceinline__ LoneRun find_lone_run(const Call& call, int past, boo
 constexpr int AHEAD = 64;  // keys of a run; more of them would be in the way of what the layer waits for (docs/decode-tried.md)
 
 // Ask for the first keys and values of this block's run as far as L2, since memory has nothing else to do while the layer before ends. One
-// thread alone. It may come ahead of a kernel's wait: a length that is about to change makes what it asks for useless, not wrong.
-__device__ __forceinline__ void prefetch_lone_run(const Call& call) {
+// thread alone. It may come ahead of a kernel's wait: a length that is about to change, or one that differs from the first
+// sequence's, makes what it asks for useless, not wrong.
+__device__ __forceinline__ void prefetch_alike_run(const Call& call) {
 #if __CUDA_ARCH__ >= 900
-    if (call.lone_runs == 0) return;
+    if (call.alike_runs == 0) return;
     const int past = __ldcg(call.lengths);
-    const LoneRun run = find_lone_run(call, past, call.window > 0);
+    const AlikeRun run = find_alike_run(call, past, call.window > 0);
     const int slot = (run.first_tile + run.first) * TILE, keys = min(min(run.size * TILE, AHEAD), past - slot);
     if (!run.is_there(call) || keys <= 0) return;
     const long long place =
