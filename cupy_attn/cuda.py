@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import functools
 import warnings
@@ -22,7 +23,7 @@ from .operands import Operands, has_close_scores
 from .plan import Plan
 from .separate import SeparateOps
 from .steps import Step
-from .tensor_maps import tensor_map
+from .tensor_maps import MAP_BYTES, tensor_map
 from .weights import AttentionWeights, multiplies_rest, takes_precise_path
 from .workspace import workspace_of
 
@@ -256,8 +257,15 @@ class CudaBackend:
             raise
         del keep
         if decode and plan.seq == 1 and plan.counting_on and plan.unpadded and not capturing and not cache.captured:
+            tokens = [(mapped, box_rows) for one, mapped in zip(launches, maps, strict=True)
+                      for name, box_rows in one.boxes[:1] if name == "tokens"]  # fmt: skip
+
+            def map_x(address: int) -> None:
+                for mapped, box_rows in tokens:
+                    mapped[:MAP_BYTES] = tensor_map(address, self._config.hidden_size, plan.batch, box_rows)
+
             cache.step = Step(self, call, bind, bound, stream.ptr, workspace_of(self._device, stream.ptr), y.shape,
-                              y.dtype, self._room(plan, cache), self._short(plan, cache))  # fmt: skip
+                              y.dtype, map_x, self._room(plan, cache), self._short(plan, cache))  # fmt: skip
         return y
 
     def step(self, x: Any, cache: KVCache, residual: Any, out: Any) -> Any:
@@ -316,10 +324,10 @@ class CudaBackend:
             launcher = self._launchers[one] = Launcher(one)
         return launcher
 
-    def _maps(self, one: Launch, filled_in: np.ndarray) -> bytes:
-        """Return the tensor maps of a kernel's arrays, for one call."""
+    def _maps(self, one: Launch, filled_in: np.ndarray) -> Any:
+        """Return the tensor maps of a kernel's arrays, for one call, as a ctypes array of char."""
         if not one.boxes:
-            return b""
+            return ctypes.create_string_buffer(0)
         call, config = {name: int(filled_in[name][0]) for name in MAPPED}, self._config
         rows, heads = call["batch"] * call["seq"], call["batch"] * config.num_key_value_heads
         v = ("v_cache", "capacity") if self._shape.dtype == "float16" else ("v", "scratch_capacity")
@@ -332,7 +340,9 @@ class CudaBackend:
             "hidden_parts": (call["hidden"], launch.HIDDEN_PARTS * config.hidden_size, rows),
             "qkv_proj": qkv_proj,
             "folded_proj": (call["folded_proj"], *qkv_proj[1:]),
+            "tokens": (call["x"], config.hidden_size, rows),  # of decode: map_x puts another x there
             "qkv_rows": qkv_proj,
+            "folded_rows": (call["folded_proj"], *qkv_proj[1:]),
             # Or, where there is none and nothing is copied, of something else.
             "k_proj": (call["k_proj"] or call["qkv_proj"], config.hidden_size // 2, config.kv_size),
             "q": (call["q"], config.q_size, self._shape.parts * rows),
@@ -342,10 +352,11 @@ class CudaBackend:
             "o_proj": o_proj,
             "o_rows": o_proj,
         }
-        return b"".join(
+        maps = b"".join(
             tensor_map(*matrices[name], box_rows, by_quads=name.endswith("_proj"), once=name.endswith("_rows"))
             for name, box_rows in one.boxes
         )
+        return ctypes.create_string_buffer(maps, len(maps))
 
     def _outgrown(self, plan: Plan) -> bool:
         """Whether dynamic RoPE has left the length whose angles the kernels have."""

@@ -148,8 +148,8 @@ class Launcher:
             "process again."
         )
 
-    def bind(self, call: np.ndarray, stream: Any, maps: bytes = b"") -> Callable[[], None]:
-        """Return a function that launches with what ``call`` holds then, on a CuPy stream.
+    def bind(self, call: np.ndarray, stream: Any, maps: Any) -> Callable[[], None]:
+        """Return a function that launches with what ``call`` and ``maps`` hold then, on a CuPy stream.
 
         Parameters
         ----------
@@ -157,17 +157,16 @@ class Launcher:
             One element of ``launch.CALL``, which must stay where it is.
         stream : cupy.cuda.Stream
             Where to.
-        maps : bytes
+        maps : ctypes array of char
             Tensor maps of ``launch.boxes``, one after the other.
         """
         cuda_launch, function = self._cuda_launch, self._function.value
         config = self._config(stream.ptr)
         config.grid[0] = self._grid
-        copied = ctypes.create_string_buffer(maps, len(maps))
-        arguments = (ctypes.c_void_p * 2)(call.ctypes.data, ctypes.addressof(copied))
+        arguments = (ctypes.c_void_p * 2)(call.ctypes.data, ctypes.addressof(maps))
         where, parameters = ctypes.addressof(config), ctypes.addressof(arguments)
 
-        def run(_held: Any = (call, config, copied, arguments)) -> None:
+        def run(_held: Any = (call, config, maps, arguments)) -> None:
             status = cuda_launch(where, function, parameters, None)
             if status == INVALID_CONTEXT:
                 make_context_current()

@@ -38,6 +38,8 @@ class Step:
         Whose buffers ``call`` points to.
     shape, dtype
         Of x and y.
+    map_x : callable
+        Given the address of x, puts it into the tensor maps that ``launches`` and ``bind`` have.
     room : int
         Further tokens for which there is room in the cache and below the model's last position.
     short : int
@@ -47,14 +49,14 @@ class Step:
     def __init__(
         self, owner: Any, call: np.ndarray, bind: Callable[[Any], Sequence[Callable[[], None]]],
         launches: Sequence[Callable[[], None]], stream: int, workspace: Workspace, shape: tuple[int, ...],
-        dtype: np.dtype[Any], room: int, short: int,
+        dtype: np.dtype[Any], map_x: Callable[[int], None], room: int, short: int,
     ) -> None:  # fmt: skip
         self._owner, self._call, self._bind, self._launches, self._stream = owner, call, bind, launches, stream
         self._short = short
         self._graph: Callable[[Any], None] | None = None
         self._settled, self._graphs = 0, 0  # steps since addresses changed, graphs made
         self._workspace, self._generation = workspace, workspace.generation
-        self.shape, self.dtype, self._room = shape, dtype, room
+        self.shape, self.dtype, self._room, self._map_x = shape, dtype, room, map_x
         self._addresses = (ctypes.c_uint64 * 3).from_buffer(call.data)  # x, residual, y: CALL begins with them
         self._arrays: tuple[Any, Any, Any] = (None, None, None)  # the same
 
@@ -92,11 +94,14 @@ class Step:
 
     def use(self, x: Any, residual: Any, y: Any) -> None:
         """Take arrays as x, residual, which may be None, and y from now on."""
-        self._arrays = x, residual, y
         addresses = [x.data.ptr, 0 if residual is None else residual.data.ptr, y.data.ptr]
         if addresses != self._addresses[:]:
-            self._addresses[:] = addresses
+            # An interrupt must not leave some of them changed: then whoever comes next has others.
+            self._arrays, self._addresses[:] = (None, None, None), [0, 0, 0]
             self._settled, self._graph = 0, None
+            self._map_x(addresses[0])
+            self._addresses[:] = addresses
+        self._arrays = x, residual, y
 
     def launch(self, stream: Any) -> None:
         """Append one token to every sequence, on the stream that it serves."""

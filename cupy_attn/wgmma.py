@@ -208,9 +208,10 @@ def _few(
     # The last tile of tokens is read as if it had all rows; and sums are of 16 tokens each, a power of two of them.
     least = max(x_bytes - x_tile + token_tiles * FEW_TOKENS * GEMM_BLOCK_K * 2,
                 columns * 64 << (-(-of_cluster // 16) - 1).bit_length())  # fmt: skip
-    settings = macros_of(shape, BLOCK_N=columns, TOKEN_TILES=token_tiles)
-    clusters = -(-rows // columns) * groups
-    return Launch(name, settings, clusters * splits, WARPGROUP * token_tiles + 64, max(x_bytes + w_bytes, least),
+    folded = boxes[0] == "tokens"
+    settings = macros_of(shape, BLOCK_N=columns, TOKEN_TILES=token_tiles, FOLDED=folded and 1)
+    clusters, threads = -(-rows // columns) * groups, WARPGROUP * token_tiles + (96 if folded else 64)
+    return Launch(name, settings, clusters * splits, threads, max(x_bytes + w_bytes, least),
                   overlaps=True, splits=splits, boxes=((boxes[0], x_rows), (boxes[1], columns)))  # fmt: skip
 
 
@@ -237,10 +238,11 @@ def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, se
     tokens = batch * seq
     if not projects_few(config, shape, limits, tokens):
         return [first, *middle, last]
-    rows = launch.normalise_rows(config, shape, tokens)
-    # Blocks of both fit a multiprocessor, if rows are not too long: weights are on their way while they are normalised.
-    room = min(rows.smem_bytes + launch.RESERVED_SMEM + ALIGNMENT, limits.block_smem // 4)
-    first = _few("project_qkv_few_wgmma", shape, limits, tokens, config.q_size + 2 * config.kv_size, config.hidden_size,
-                 ("hidden_parts", "qkv_rows"), room)  # fmt: skip
+    # Blocks of both fit a multiprocessor: weights are on their way while rows are normalised.
+    room = 0 if shape.folded else launch.RESERVED_SMEM + ALIGNMENT
+    ahead = [] if shape.folded else [launch.normalise_rows(config, shape, tokens)]
+    boxes = ("tokens", "folded_rows") if shape.folded else ("hidden_parts", "qkv_rows")
+    rows = config.q_size + 2 * config.kv_size
+    first = _few("project_qkv_few_wgmma", shape, limits, tokens, rows, config.hidden_size, boxes, room)
     last = _project_output_few(config, launch.plain(shape), limits, tokens, room)
-    return [rows, first, *middle, last]
+    return [*ahead, first, *middle, last]

@@ -39,6 +39,13 @@ __device__ __forceinline__ void store_to(unsigned address, const float4& value, 
                  : "memory");
 }
 
+// A float of another block's shared memory, as load_from.
+__device__ __forceinline__ float load_float_from(unsigned address) {
+    float value;
+    asm volatile("ld.shared::cluster.f32 %0, [%1];" : "=f"(value) : "r"(address) : "memory");
+    return value;
+}
+
 // 16 bytes of another block's shared memory, at an address from address_in. A cluster_sync() comes between whoever stored
 // them and this, and another before that block may end.
 __device__ __forceinline__ float4 load_from(unsigned address) {

@@ -5,9 +5,12 @@
 // clusters. Two threads copy tiles of W and of tokens through a ring each. That of W takes what shared memory the launch leaves, and
 // is full before the kernel ahead has ended. A tile of tokens has no more rows than there are, rounded up to 8: the others of a
 // product are whatever lies behind them, and so are their sums. A token's sums depend on how many others there are only in how the
-// launch cuts k. -D: BLOCK_N, TOKEN_TILES, those of call.cuh.
+// launch cuts k. FOLDED: tokens are rows of x as they are, whose squares are added up on their way. -D: BLOCK_N, TOKEN_TILES, FOLDED,
+// those of call.cuh.
 #pragma once
 #include "call.cuh"
+#include "reduce.cuh"
+#include "storage.cuh"
 #include "wgmma.cuh"
 
 namespace few {
@@ -17,7 +20,12 @@ constexpr int X_BYTES = 48 << 10;    // of the ring of tokens, at most
 constexpr int UNDER_WAY = 64 << 10;  // bytes of W: more would only stand in the way of tokens
 constexpr int BLOCK_K = TILE_COLUMNS;
 constexpr int CONSUMERS = WARPGROUP * TOKEN_TILES;  // threads
-constexpr int THREADS = CONSUMERS + 64;
+#ifdef FOLDED
+constexpr bool IS_FOLDED = true;
+#else
+constexpr bool IS_FOLDED = false;
+#endif
+constexpr int THREADS = CONSUMERS + (IS_FOLDED ? 96 : 64);  // the last warp of three describes rows
 constexpr int MOST_TOKENS = 64 * TOKEN_TILES;  // of a cluster
 constexpr int W_TILE = BLOCK_N * BLOCK_K;  // halves
 constexpr int MOST_SPLITS = 4;             // blocks of a cluster
@@ -122,13 +130,46 @@ __device__ __forceinline__ void copy_tokens(const Place& at, Rings& rings, __hal
             rings.x.copy(to, smem, at.x_tile, x, p * part + at.column(i), at.first_token);
 }
 
+// Squares of a warpgroup's tokens, of this block's part of k: a thread has eighths of a tile's rows. In a swizzled row pieces of 16
+// bytes are mixed up, which is the same to them.
+struct Squares {
+    static constexpr int AT_ONCE = WARPGROUP / 8, ROWS = 64 / AT_ONCE;  // rows of a warpgroup, of a thread
+    float sums[ROWS] = {};
+
+    // `vectors`: of this thread, in its first row of a tile of `rows`.
+    __device__ __forceinline__ void add(const __half* vectors, int rows) {
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+            if (i > 0 && i * AT_ONCE >= rows) break;
+            const uint4 raw = *reinterpret_cast<const uint4*>(vectors + i * AT_ONCE * BLOCK_K);
+            float values[VECTOR];
+            load8(reinterpret_cast<const __half*>(&raw), values);
+#pragma unroll
+            for (int j = 0; j < VECTOR; ++j) sums[i] += values[j] * values[j];
+        }
+    }
+
+    // To where others of the cluster find them, each row's.
+    __device__ __forceinline__ void store(float* squares) {
+        const int thread = threadIdx.x % WARPGROUP;
+#pragma unroll
+        for (int i = 0; i < ROWS; ++i) {
+#pragma unroll
+            for (int lanes = 1; lanes < 8; lanes *= 2) sums[i] += __shfl_xor_sync(0xffffffffu, sums[i], lanes);
+            if (thread % 8 == 0) squares[thread / 8 + i * AT_ONCE] = sums[i];
+        }
+    }
+};
+
 // The sums of this block's part of k, a warpgroup's.
-__device__ __forceinline__ void multiply(const Place& at, Rings& rings, const __half* smem, int parts, Sums& sums) {
+__device__ __forceinline__ void multiply(const Place& at, Rings& rings, const __half* smem, int parts, Sums& sums, Squares& squares) {
     const int tile = uniform(threadIdx.x / WARPGROUP);
     const unsigned long long w = operand(shared_address(smem + at.x_stages * at.x_tile));
     const unsigned long long x = operand(shared_address(smem + tile * 64 * BLOCK_K));
     WRing::Cursor w_at = {at.w_stages}, w_before = w_at;
     XRing::Cursor x_at = {at.x_stages}, x_before = x_at;
+    const __half* const vectors = smem + tile * 64 * BLOCK_K + threadIdx.x % WARPGROUP * VECTOR;
+    const int rows = at.x_tile / BLOCK_K - tile * 64;
     const bool arrives = threadIdx.x % 32 == 0;
 #pragma unroll
     for (int i = 0; i < 4 * GROUPS; ++i) sums[i] = 0.0f;
@@ -143,6 +184,8 @@ __device__ __forceinline__ void multiply(const Place& at, Rings& rings, const __
 #pragma unroll
         for (int i = 0; i < BLOCK_K / 16; ++i) ::multiply(sums, x_tile + i * 2, w_tile + i * 2, true);
         products_commit();
+        if (IS_FOLDED)
+            squares.add(vectors + x_at.stage * at.x_tile, rows);
         products_wait<1>();
         if (step > 0 && arrives) {  // the step before is done
             barrier_arrive(&rings.x.empty[x_before.stage]);
@@ -218,10 +261,11 @@ __device__ __forceinline__ void stand_by(const Place& at) {
 }
 
 // What the others do: multiply, add up what the blocks of the cluster found and call finish(n, m, more, sums) for rows n and n + 1
-// of W and token m; `prepare(n, m)` loads early what that needs. Warps exchange the sums of 8 rows of W and 16 tokens, an item,
+// of W and token m; `prepare(n, m)` loads early what that needs. FOLDED: sums times factor_of(the token's squares). Warps exchange the sums of 8 rows of W and 16 tokens, an item,
 // shared out among all of the cluster. Few instructions in what runs once: they come from memory, behind everybody's weights.
-template <typename Prepare, typename Finish>
-__device__ __forceinline__ void product(const Place& at, Rings& rings, __half* smem, int parts, Prepare prepare, Finish finish) {
+template <typename Prepare, typename FactorOf, typename Finish>
+__device__ __forceinline__ void product(const Place& at, Rings& rings, __half* smem, int parts, Prepare prepare, FactorOf factor_of,
+                                        Finish finish) {
     constexpr int WARPS = CONSUMERS / 32, AT_ONCE = 2;
     const int warp = uniform(threadIdx.x / 32), lane = threadIdx.x % 32, step = WARPS * at.splits;
     const int used = min((at.num_tokens + 15) / 16, WARPS), shift = (used > 1) + (used > 2) + (used > 4);  // warps with tokens
@@ -240,10 +284,13 @@ __device__ __forceinline__ void product(const Place& at, Rings& rings, __half* s
     int first = at.split * WARPS + warp;
     prepare_from(first);
     Sums sums;
+    Squares squares;
+    __shared__ float squares_found[IS_FOLDED ? MOST_TOKENS : 1];
     if constexpr (PARTS == 2)
         multiply_exactly(at, rings, smem, sums);
     else
-        multiply(at, rings, smem, parts, sums);
+        multiply(at, rings, smem, parts, sums, squares);
+    if (IS_FOLDED) squares.store(squares_found + threadIdx.x / WARPGROUP * 64);
 
     float4* const own = reinterpret_cast<float4*>(smem) + lane;
     unsigned found_at[MOST_SPLITS];
@@ -256,6 +303,22 @@ __device__ __forceinline__ void product(const Place& at, Rings& rings, __half* s
             own[((g << shift) + warp) * 32] = make_float4(sums[4 * g], sums[4 * g + 1], sums[4 * g + 2], sums[4 * g + 3]);
     if (at.splits > 1) cluster_sync();
     else named_wait(1, CONSUMERS);
+    // Of this thread's two tokens, which are the same in all of its items.
+    static_assert(WARPS % 4 == 0, "from item to item of a warp tokens are the same");
+    float factors[2] = {1.0f, 1.0f};
+    if (IS_FOLDED) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const float* const own_squares = squares_found + min(m_of(first) - at.first_token + 8 * half, MOST_TOKENS - 1);
+            float total = 0.0f;
+#pragma unroll
+            for (int other = 0; other < MOST_SPLITS; ++other) {
+                const float part = load_float_from(address_in(min(other, at.splits - 1), own_squares));
+                if (other < at.splits) total += part;
+            }
+            factors[half] = factor_of(total);
+        }
+    }
 #pragma unroll 1
     for (; first < items; first += AT_ONCE * step) {
         float4 found[AT_ONCE][MOST_SPLITS];
@@ -275,8 +338,8 @@ __device__ __forceinline__ void product(const Place& at, Rings& rings, __half* s
                 total.x += found[u][other].x, total.y += found[u][other].y;
                 total.z += found[u][other].z, total.w += found[u][other].w;
             }
-            finish(n_of(item), m_of(item), more[u][0], make_float2(total.x, total.y));
-            finish(n_of(item), m_of(item) + 8, more[u][1], make_float2(total.z, total.w));
+            finish(n_of(item), m_of(item), more[u][0], make_float2(total.x * factors[0], total.y * factors[0]));
+            finish(n_of(item), m_of(item) + 8, more[u][1], make_float2(total.z * factors[1], total.w * factors[1]));
         }
         prepare_from(first + AT_ONCE * step);
     }

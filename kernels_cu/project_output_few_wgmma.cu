@@ -52,6 +52,7 @@ project_output_few_wgmma(const __grid_constant__ Call call, const __grid_constan
             if (call.o_bias != nullptr) more.value.x += call.o_bias[n], more.value.y += call.o_bias[n + 1];
             return more;
         },
+        [](float) { return 1.0f; },
         [&](int n, int m, const More& more, float2 sum) {
             if (n >= size || m >= num_tokens) return;
             const float missing = more.slot == FAULT ? __int_as_float(0x7fffffff) : 0.0f;

@@ -109,6 +109,7 @@ INSTRUCTIONS = (
     ("mov.u32 %0, %%dynamic_smem_size;", "ptx_dynamic_shared", ""),
     ("mapa.shared::cluster.u32 %0, %1, %2;", "ptx_address_in", ""),
     ("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];", "ptx_load_there", ""),
+    ("ld.shared::cluster.f32 %0, [%1];", "ptx_load_float_there", ""),
     (
         "st.async.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];",
         "ptx_store_there",

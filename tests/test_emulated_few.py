@@ -12,12 +12,17 @@ from cupy_attn import reference, wgmma, workspace
 
 pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
 
-NAMES = ["normalise_rows", "project_qkv_few_wgmma", "attend_decode", "project_output_few_wgmma"]
+FOLDED = ["project_qkv_few_wgmma", "attend_decode", "project_output_few_wgmma"]
+NAMES = ["normalise_rows", *FOLDED]
+
+
+def names_of(layer):
+    return FOLDED if layer._backend._shape.folded else NAMES
 
 
 def launches_of(layer):
     (launches,) = layer._backend._launches.values()
-    assert [one.name for one in launches] == NAMES
+    assert [one.name for one in launches] == names_of(layer)
     return launches
 
 
@@ -39,7 +44,7 @@ def test_decode_of_many_sequences(monkeypatch, case):
     emulated_gpu.pretend(monkeypatch, num_sms)
     layer = make_layer(config_of(*shape, attention_bias=True), dtype, TAME)
     call(layer, filled_cache(layer, many_lengths(tokens), 140), 1, [1, 0, *[1] * (tokens - 2)])
-    _, first, _, last = launches_of(layer)
+    *_, first, _, last = launches_of(layer)
     assert (first.splits, last.splits) == splits
 
 
@@ -68,7 +73,7 @@ def test_bits_do_not_depend_on_the_batch_if_that_is_asked_for(monkeypatch, k_nor
     whole = outputs(list(range(len(lengths))))
     for rows in ([5], [130, 70, 3]):
         assert whole[rows].tobytes() == outputs(rows).tobytes()
-    assert all([one.name for one in launches] == NAMES for launches in layer._backend._launches.values())
+    assert all([one.name for one in launches] == names_of(layer) for launches in layer._backend._launches.values())
 
 
 def test_appends(monkeypatch):
@@ -102,11 +107,13 @@ def test_rings_of_several_rounds_whichever_warp_runs_first(monkeypatch):
 
 
 def test_keys_are_rounded_once(monkeypatch):
-    """To storage: what rounding hidden states to float16 changes of them is multiplied as well."""
+    """To storage, where they matter: what rounding hidden states to float16 changes of them is multiplied as well."""
     dtype = "float16"
     emulated_gpu.pretend(monkeypatch, num_sms=9)
     config = config_of(3, 1, 128, 192)  # a cluster has keys along with queries and values
-    layer = make_layer(config, dtype, TAME)
+    layer = make_layer(config, dtype, 4.0)
+    assert not layer.precise
+    assert not layer._backend._shape.folded
     cache, x = layer.new_cache(100, 2), make_hidden(config, 100, 1, dtype=dtype)
     layer(x, cache)
     w_k = layer.weights.qkv_proj[config.q_size : config.q_size + config.kv_size].astype(np.float64)
@@ -135,3 +142,22 @@ def test_replays_without_room(monkeypatch):
             assert y.tobytes() == layer(x, twin).tobytes()
     assert np.isnan(y[0]).all()
     assert np.isfinite(y[1:]).all()
+
+
+@pytest.mark.parametrize("scale", [2.0**-12, 1.0, 2.0**9])
+@pytest.mark.parametrize("tokens", [9, 40, 70])
+def test_x_as_it_is_and_another_x_in_the_next_step(monkeypatch, tokens, scale):
+    """One column of it is a hundred times the others; a step that repeats the one before finds its own."""
+    emulated_gpu.pretend(monkeypatch, num_sms=9)
+    layer = make_layer(config_of(2, 1, 128, 320, attention_bias=True), "float16", TAME)
+    cache, other = (filled_cache(layer, many_lengths(tokens), 160) for _ in range(2))
+    xs = [make_hidden(layer.config, tokens, 1, seed=seed, dtype="float16") for seed in range(4)]
+    for x in xs:
+        x[..., 7] *= 100
+        x[...] = (x.astype(np.float32) * scale).clip(-6e4, 6e4)
+    steps = [np.array(layer(x, cache)) for x in (*xs, xs[2])]
+    launches_of(layer)
+    for x, y in zip((*xs, xs[2]), steps, strict=True):
+        other.step = None
+        assert np.array(layer(x, other)).tobytes() == y.tobytes()
+    call(layer, filled_cache(layer, many_lengths(tokens), 160), 1, x=xs[0])

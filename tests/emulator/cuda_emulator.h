@@ -829,17 +829,24 @@ inline void ptx_address_in(unsigned& there, unsigned here, int rank) {
     there = here | static_cast<unsigned>(rank) << RANK_BITS;
 }
 
-// 16 bytes of any block's.
-inline void ptx_load_there(float& a, float& b, float& c, float& d, unsigned there) {
+// Bytes of any block's, and what is there.
+inline const float* place_there(unsigned there, int bytes) {
     using namespace emulator;
     const int rank = there >> RANK_BITS;
     if (rank >= num_blocks) fail("a load from a block that is not of the cluster");
     if (!blocks[rank].alive) fail("a load from a block that has ended");
     block = &blocks[rank];
-    const auto* place = reinterpret_cast<const float*>(shared(there & ((1u << RANK_BITS) - 1), 16));
+    const auto* place = reinterpret_cast<const float*>(shared(there & ((1u << RANK_BITS) - 1), bytes));
     block = current->block;
+    return place;
+}
+
+inline void ptx_load_there(float& a, float& b, float& c, float& d, unsigned there) {
+    const float* place = place_there(there, 16);
     a = place[0], b = place[1], c = place[2], d = place[3];
 }
+
+inline void ptx_load_float_there(float& a, unsigned there) { a = *place_there(there, 4); }
 
 // Into any block, where a barrier counts the bytes; it lands as a tensor copy does.
 inline void ptx_store_there(unsigned there, float a, float b, float c, float d, unsigned barrier) {
