@@ -141,6 +141,19 @@ def small_runs() -> list[Small]:
             for kind in both
             for batch, heads, hidden_size, num_sms in FEW_TILES + (() if kind[1] else MORE_FEW_TILES)
         ),
+        *(
+            Small(
+                "float16",
+                False,
+                batch=batch,
+                calls=(1,),
+                heads=heads,
+                hidden_size=hidden_size,
+                num_sms=num_sms,
+                rest=True,
+            )
+            for batch, heads, hidden_size, num_sms in (*FEW_TILES[:4], (12, (4, 2), 512, 2))
+        ),
         *(Small(*kind, calls=(70, 130, 1), window=SMALL_WINDOW) for kind in crossed),
         Small("bfloat16", False, calls=(130,), window=SMALL_WINDOW, num_sms=4),
         *(Small(*kind, calls=(70, 20), stages=True) for kind in crossed),
