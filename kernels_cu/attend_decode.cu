@@ -103,7 +103,8 @@ attend_decode(const __grid_constant__ Call call)
         runs.y = BY_PIECES ? to.width : quotient(to.begin + to.width - shares.crossing - 1, shares.size) - runs.x + 1;
         runs.z = BY_PIECES || shares.in_turns ? to.piece : static_cast<int>(blockIdx.x) - runs.x;
     };
-    Quads weight, own_query;
+    Quads weight;
+    Queries own_queries;
     load_q_norm(call, weight);
     // A new token in a warp's first tile is asked for along with q; the others of the block do not wait for it.
     constexpr bool ASKS_EARLY = IS_ONE && 2 * PIECES <= 32;
@@ -119,7 +120,7 @@ attend_decode(const __grid_constant__ Call call)
     const auto arrive = [&](const Cursor& to) { return ADDS_PARTS && is_keeper ? atomicAdd(arrivals_at(to), 1) : 0; };
     int before = arrive(at);
     if (has_new) load8(new_source, new_values);
-    load_query(call, at, group, warp, own_query);
+    load_queries_ahead(call, at, group, own_queries);
     // The rest, while those are on their way: the projection has often ended before this kernel comes to its wait.
     if (threadIdx.x == 0) here = at;
     find_runs(at);
@@ -129,7 +130,7 @@ attend_decode(const __grid_constant__ Call call)
     bool more = has_own && find_tile(call, shares, ahead);
     if (more) copy(ahead, 1, false);
     copies_commit();
-    normalise_queries(call, shared, at, group, weight, own_query);
+    normalise_queries(call, shared, at, group, weight, own_queries);
     if (has_new) {  // ahead of the barrier: most often others have queries to normalise
         const int position = own_first.b == at.b ? new_at : new_position(call, own_first.b, own_first.past, 0);
         store_new(call, shared, own_first, 0, own_first.past, own_first.kv_head_idx, position, lane, new_values);
@@ -214,7 +215,7 @@ attend_decode(const __grid_constant__ Call call)
         const bool goes_on = at.left > 0 && next_head(call, kept_shares, next);
         if (goes_on) {
             if (PARTS == 1) load_q_norm(call, weight);
-            load_query(call, next, group, warp, own_query);
+            load_queries_ahead(call, next, group, own_queries);
             new_at = new_position(call, next.b, next.past, next.count - 1);
         }
         if (is_keeper && ADDS_PARTS) {
@@ -267,7 +268,7 @@ attend_decode(const __grid_constant__ Call call)
         if (!goes_on) return;
         if (is_keeper) arrived = before;
         if (PARTS == 2) load_q_norm(call, weight);  // registers are shorter there
-        normalise_queries(call, shared, next, group, weight, own_query);
+        normalise_queries(call, shared, next, group, weight, own_queries);
         if (threadIdx.x == 0) here = next;
         __syncthreads();
         at = next;

@@ -28,6 +28,10 @@ __device__ __forceinline__ void load_q_norm(const Call& call, Quads& weight) {
     }
 }
 
+// A warp's rows of a head's queries, as many as are asked for ahead of time: waited for one after the other they take a microsecond each.
+constexpr int QUERIES_AHEAD = HEAD_TILES == 2 && IS_ONE && WARPS < ROWS ? 2 : 1;
+using Queries = Quads[QUERIES_AHEAD];
+
 // Row r of a head's queries, zeros past the last.
 __device__ __forceinline__ void load_query(const Call& call, const Cursor& to, int group, int r, Quads& values) {
     const int rows = min(ROWS, (IS_ONE ? group : group * to.count) - to.first_row);  // less those of padding
@@ -40,16 +44,22 @@ __device__ __forceinline__ void load_query(const Call& call, const Cursor& to, i
     }
 }
 
+__device__ __forceinline__ void load_queries_ahead(const Call& call, const Cursor& to, int group, Queries& rows) {
+#pragma unroll
+    for (int i = 0; i < QUERIES_AHEAD; ++i) load_query(call, to, group, threadIdx.x / 32 + i * WARPS, rows[i]);
+}
+
 // Normalise the queries of a head, a warp to a row, the first of which it has loaded; and rotate those of earlier tokens as if
 // they stood where the last does, distances being positive; or, where angles must be those of transformers, each to its own
 // place.
 __device__ __forceinline__ void normalise_queries(const Call& call, Shared& shared, const Cursor& to, int group,
-                                                  const Quads& weight, Quads& values) {
+                                                  const Quads& weight, Queries& own) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll 1
     for (int r = warp; r < ROWS; r += WARPS) {
         const int token = IS_ONE ? 0 : (to.first_row + r) / group;
-        if (r != warp) load_query(call, to, group, r, values);
+        if (r >= warp + QUERIES_AHEAD * WARPS) load_query(call, to, group, r, own[0]);
+        const Quads& values = own[0];
         float sum_squares = 0.0f;
 #pragma unroll
         for (const float4& v : values) sum_squares += v.x * v.x + v.y * v.y + (v.z * v.z + v.w * v.w);
@@ -62,6 +72,10 @@ __device__ __forceinline__ void normalise_queries(const Call& call, Shared& shar
             *reinterpret_cast<float4*>(shared.q_norm + r * HEAD_DIM + d) =
                 make_float4(v.x * rstd * w.x, v.y * rstd * w.y, v.z * rstd * w.z, v.w * rstd * w.w);
         }
+#pragma unroll
+        for (int next = 1; next < QUERIES_AHEAD; ++next)
+#pragma unroll
+            for (int i = 0; i < (HEAD_DIM + 127) / 128; ++i) own[next - 1][i] = own[next][i];
         if (!IS_ONE && token < to.count) {
             __syncwarp();
             const int position = new_position(call, to.b, to.past, token);
