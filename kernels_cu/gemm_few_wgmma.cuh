@@ -184,8 +184,7 @@ __device__ __forceinline__ void multiply(const Place& at, Rings& rings, const __
 #pragma unroll
         for (int i = 0; i < BLOCK_K / 16; ++i) ::multiply(sums, x_tile + i * 2, w_tile + i * 2, true);
         products_commit();
-        if (IS_FOLDED)
-            squares.add(vectors + x_at.stage * at.x_tile, rows);
+        if (IS_FOLDED) squares.add(vectors + x_at.stage * at.x_tile, rows);
         products_wait<1>();
         if (step > 0 && arrives) {  // the step before is done
             barrier_arrive(&rings.x.empty[x_before.stage]);
@@ -261,8 +260,9 @@ __device__ __forceinline__ void stand_by(const Place& at) {
 }
 
 // What the others do: multiply, add up what the blocks of the cluster found and call finish(n, m, more, sums) for rows n and n + 1
-// of W and token m; `prepare(n, m)` loads early what that needs. FOLDED: sums times factor_of(the token's squares). Warps exchange the sums of 8 rows of W and 16 tokens, an item,
-// shared out among all of the cluster. Few instructions in what runs once: they come from memory, behind everybody's weights.
+// of W and token m; `prepare(n, m)` loads early what that needs. FOLDED: sums are multiplied by factor_of(the token's squares) first. Warps
+// exchange the sums of 8 rows of W and 16 tokens, an item, shared out among all of the cluster. Few instructions in what runs once: they
+// come from memory, behind everybody's weights.
 template <typename Prepare, typename FactorOf, typename Finish>
 __device__ __forceinline__ void product(const Place& at, Rings& rings, __half* smem, int parts, Prepare prepare, FactorOf factor_of,
                                         Finish finish) {

@@ -3,9 +3,9 @@
 // FOLDED: of x as it is, without that kernel ahead; describes rows for those that follow.
 //   qkv = x (Wqkv w_in)^T / rms(x) + bias
 //
-// Grid: a cluster to every BLOCK_N rows of Wqkv and 64 TOKEN_TILES tokens. Block 128 TOKEN_TILES + 64 threads, FOLDED + 96, shared memory up to
-// 48 KB for tokens, and tiles of BLOCK_N x 64 halves. k, and on the precise path all, is multiplied by hidden states in high and low
-// halves. -D: those of gemm_few_wgmma.cuh. Memory bound: one read of Wqkv, some of it before the kernels ahead have ended.
+// Grid: a cluster to every BLOCK_N rows of Wqkv and 64 TOKEN_TILES tokens. Block 128 TOKEN_TILES + 64 threads, 32 more with FOLDED, shared
+// memory up to 48 KB for tokens, and tiles of BLOCK_N x 64 halves. k, and on the precise path all, is multiplied by hidden states in high
+// and low halves. -D: those of gemm_few_wgmma.cuh. Memory bound: one read of Wqkv, some of it before the kernels ahead have ended.
 #include "gemm_few_wgmma.cuh"
 
 struct Maps {
