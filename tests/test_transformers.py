@@ -214,10 +214,12 @@ def test_dynamic_rope_past_its_length_in_one_prefill(tmp_path):
 # What a 16-bit dtype costs transformers, told apart from mistakes.
 
 
-# Errors of the transformers layer against exact arithmetic, over its difference to the reference rounded alike:
-# 12 or more in 64 bfloat16 layers (most agree bit for bit), 4 or more in 64 float16 layers (4 where the K-norm is 2
-# and the error hardly exceeds the output's own rounding, 7 or more where it is 20 and above).
-EXPLAINED = {"bfloat16": 8, "float16": 3}
+# Errors of the transformers layer against exact arithmetic, over its difference to the reference rounded alike, of all
+# tokens and without the tenth that differ most: where a processor adds up a product in another order, one value of q or
+# k that rounds to its other neighbour moves a token's output. In 128 layers of either dtype 6.9 or more and 38 or more
+# in bfloat16, where most tokens agree bit for bit, 3.9 or more and 5.5 or more in float16 (4 where the K-norm is 2 and
+# the error hardly exceeds the output's own rounding, 7 or more where it is 20 and above).
+EXPLAINED = {"bfloat16": (4, 20), "float16": (3, 4)}
 
 
 @pytest.mark.parametrize("head_dim", [32, 128])
@@ -233,7 +235,11 @@ def test_the_reference_rounded_alike_explains_the_error_of_transformers(dtype, h
         exact = reference.forward(config, weights, x)[1]["output"]
         alike, _ = reference.forward(config, weights, x, rounding="transformers", angles="float32")
         error = relative_l2(y, exact)
-        assert relative_l2(y, alike) < error / EXPLAINED[dtype], i
+        of_all, of_most = EXPLAINED[dtype]
+        assert relative_l2(y, alike) < error / of_all, i
+        differences = np.linalg.norm(y.astype(np.float64) - alike, axis=-1).ravel()
+        most = np.sort(differences)[: differences.size * 9 // 10]
+        assert np.linalg.norm(most) / np.linalg.norm(exact) < error / of_most, i
         # What this package is for: at extreme weights, a quarter of that error at most.
         if K_NORM_MAXIMA[i] >= 44:
             assert relative_l2(ca.Attention(config, weights, dtype, "cpu")(x), exact) < error / 4, i
