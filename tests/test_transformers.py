@@ -12,7 +12,7 @@ from click.testing import CliRunner
 import cupy_attn as ca
 from cupy_attn import io, reference
 from cupy_attn.accuracy import relative_l2
-from cupy_attn.arrays import as_array
+from cupy_attn.arrays import as_array, storage_dtype
 from cupy_attn.bench import random_layer
 from cupy_attn.verify import verify_layer
 from cupy_attn.weights import INDEX_NAME
@@ -214,12 +214,22 @@ def test_dynamic_rope_past_its_length_in_one_prefill(tmp_path):
 # What a 16-bit dtype costs transformers, told apart from mistakes.
 
 
-# Errors of the transformers layer against exact arithmetic, over its difference to the reference rounded alike, of all
-# tokens and without the tenth that differ most: where a processor adds up a product in another order, one value of q or
-# k that rounds to its other neighbour moves a token's output. In 128 layers of either dtype 6.9 or more and 38 or more
-# in bfloat16, where most tokens agree bit for bit, 3.9 or more and 5.5 or more in float16 (4 where the K-norm is 2 and
-# the error hardly exceeds the output's own rounding, 7 or more where it is 20 and above).
-EXPLAINED = {"bfloat16": (4, 20), "float16": (3, 4)}
+# Errors of the transformers layer against exact arithmetic, over its difference to the reference rounded alike:
+# 12 or more in 64 bfloat16 layers (most agree bit for bit), 4 or more in 64 float16 layers (4 where the K-norm is 2
+# and the error hardly exceeds the output's own rounding, 7 or more where it is 20 and above).
+EXPLAINED = {"bfloat16": 8, "float16": 3}
+
+
+def round_products_once(model, storage) -> None:
+    """Let linear layers add up in float64: of float32 sums one in thousands rounds to its other neighbour."""
+    for linear in (module for module in model.modules() if isinstance(module, torch.nn.Linear)):
+        weight = linear.weight.double()
+
+        def forward(x, weight=weight):
+            y = (x.double() @ weight.T).numpy().astype(storage)  # to() would round to float32 first
+            return torch.from_numpy(y.view(np.int16)).view(x.dtype)
+
+        linear.forward = forward
 
 
 @pytest.mark.parametrize("head_dim", [32, 128])
@@ -227,6 +237,7 @@ EXPLAINED = {"bfloat16": (4, 20), "float16": (3, 4)}
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_reference_rounded_alike_explains_the_error_of_transformers(dtype, head_dim, seed):
     model = make_model(dtype=getattr(torch, dtype), seed=seed, head_dim=head_dim)
+    round_products_once(model, storage_dtype(dtype))
     config, state = ca.AttentionConfig.from_dict(model.config.to_dict()), model.state_dict()
     theirs = run_model(model, hidden(40, seed=seed + 10, dtype=getattr(torch, dtype)), [40])
     for i in range(LAYERS):
@@ -235,11 +246,7 @@ def test_the_reference_rounded_alike_explains_the_error_of_transformers(dtype, h
         exact = reference.forward(config, weights, x)[1]["output"]
         alike, _ = reference.forward(config, weights, x, rounding="transformers", angles="float32")
         error = relative_l2(y, exact)
-        of_all, of_most = EXPLAINED[dtype]
-        assert relative_l2(y, alike) < error / of_all, i
-        differences = np.linalg.norm(y.astype(np.float64) - alike, axis=-1).ravel()
-        most = np.sort(differences)[: differences.size * 9 // 10]
-        assert np.linalg.norm(most) / np.linalg.norm(exact) < error / of_most, i
+        assert relative_l2(y, alike) < error / EXPLAINED[dtype], i
         # What this package is for: at extreme weights, a quarter of that error at most.
         if K_NORM_MAXIMA[i] >= 44:
             assert relative_l2(ca.Attention(config, weights, dtype, "cpu")(x), exact) < error / 4, i
