@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from . import kernels, launch, wgmma
+from . import kernels, launch, launch_decode, wgmma
 from .cache import KVCache
 from .config import AttentionConfig
 from .errors import ConfigError, InputError, SlowPathWarning
@@ -100,8 +100,8 @@ def specialisations(
     shape = Shape(dtype.name, config.head_dim, precise, windowed, float32_angles=False)
     close = dataclasses.replace(shape, close_scores=True)
     shapes = [shape, close]
-    if wgmma.can_fold(config, shape, gpu):
-        shapes.append(dataclasses.replace(close, folded=True))
+    if not precise:
+        shapes.append(dataclasses.replace(close, half_turns=True, folded=wgmma.can_fold(config, shape, gpu)))
     # Rows of many prompts: what tiles a product takes goes by how they fill the GPU.
     prompts = [(gpu, rows) for n in range(17) for rows in (1 << n, 3 << n)]
     if gpu.wgmma:  # few tokens and stages still take the kernels of other GPUs
@@ -191,7 +191,8 @@ class CudaBackend:
         rest = rest and multiplies_rest(config, weights.q_norm, weights.k_norm)
         folded = why is None and not rest and wgmma.can_fold(config, self._shape, self._limits)
         close = has_close_scores(config, weights, angles=angles)
-        self._shape = dataclasses.replace(self._shape, folded=folded, close_scores=close)
+        small = not (self._shape.precise or multiplies_rest(config, weights.q_norm, weights.k_norm))
+        self._shape = dataclasses.replace(self._shape, folded=folded, close_scores=close, half_turns=small)
         self._ready = None
         if why is None:
             self._ready = Operands(config, weights, angles=angles, multiplies_rest=rest, folded=folded)
@@ -228,7 +229,7 @@ class CudaBackend:
                     "this layer runs as separate array operations, which a graph cannot hold; call it outside."
                 )
             return self._separate.forward(plan, cache)
-        decode = plan.stages is None and launch.decodes(self._config, self._shape, plan.batch, plan.seq)
+        decode = plan.stages is None and launch_decode.decodes(self._config, self._shape, plan.batch, plan.seq)
         past = 0 if decode else int(cache.lengths.max())
         if capturing and not decode:
             past = cache.capacity  # replays will find more
@@ -401,12 +402,12 @@ class CudaBackend:
         counts = [launch.ready_counters(batch * seq)]
         if decode:
             attend = next(one for one in launches if one.name == "attend_decode")
-            part_words, head_counters = launch.decode_parts(config, batch, seq, attend)
+            part_words, head_counters = launch_decode.decode_parts(config, batch, seq, attend)
             few = [one for one in launches if one.name.endswith("_few")]
             buffers["qkv"] = (batch * seq, (heads + 2 * kv_heads) * dim), np.float32
             if few:
                 buffers["partial"] = (max(launch.few_floats(one) for one in few),), np.float32
-            runs, least = launch.alike_runs(config, batch, seq, attend) if plan.unpadded else (0, 0)
+            runs, least = launch_decode.alike_runs(config, batch, seq, attend) if plan.unpadded else (0, 0)
             self._set(alike_runs=runs, alike_least=least)
             left = any(one.name == "decode_combine" for one in launches)
             if left:

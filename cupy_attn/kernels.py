@@ -305,8 +305,8 @@ def compile_for(arch: str, name: str, macros: Macros) -> Build:
 def source_digest() -> str:
     """Return a SHA-256 over kernels_cu and the CUDA backend: what a report of measurements belongs to."""
     digest = hashlib.sha256()
-    backend = ("cuda.py", "kernels.py", "launch.py", "launcher.py", "operands.py", "separate.py", "steps.py",
-               "tensor_maps.py", "wgmma.py", "workspace.py")  # fmt: skip
+    backend = ("cuda.py", "kernels.py", "launch.py", "launch_decode.py", "launcher.py", "operands.py", "separate.py",
+               "steps.py", "tensor_maps.py", "wgmma.py", "workspace.py")  # fmt: skip
     for file in (*sorted(SOURCES.glob("*.cu*")), *(_HERE / name for name in backend)):
         digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()

@@ -8,7 +8,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from . import launch
+from . import launch_decode
 from .config import AttentionConfig
 from .rope import inverse_frequencies
 from .weights import AttentionWeights, largest_pair_product
@@ -19,7 +19,9 @@ OPERAND_BITS, VALUE_BITS = 15, 11
 # The same of 8-bit weights of K; and what storage.cuh multiplies their operands by.
 REST_BITS, E4M3_SCALE = 8, 32.0
 STEP = 8  # positions from one row of a thread of finish_heads.cuh to the other
-TURN_SCALE = 1 / 8  # decode_tile.cuh: room for keys that are not normalised yet
+# decode_scores.cuh: room for keys that are not normalised yet; for queries with k_norm on them; what sines of next to
+# nothing are multiplied by.
+TURN_SCALE, SECOND_SCALE, SINE_SCALE = 1 / 8, 1 / 1024, 64.0
 # attend_wgmma.cu: a power of two of which 32 are a float32; how much larger scores may be for rounding q' and k'.
 FINITE_BITS, ROUNDING = 122, 1.01
 
@@ -96,10 +98,12 @@ class Operands:
             norms[name] = wide[name] * np.float32(factor * scale), scale
         (q_norm, q_scale), (k_norm, k_scale) = norms["q_norm"], norms["k_norm"]
         self.q_norm, self.k_norm = cupy.asarray(q_norm), cupy.asarray(k_norm)
-        self.k_turns = self.turns = None
+        self.k_turns = self.turns = self.half_turns = self.second_turns = None
         if angles != "float32":
             scaled = k_norm * np.float32(TURN_SCALE)
-            self.k_turns, self.turns = (cupy.asarray(table(config, scaled)) for table in (key_turns, turns_apart))
+            tables = key_turns, turns_apart, second_turns
+            self.k_turns, self.turns, self.second_turns = (cupy.asarray(table(config, scaled)) for table in tables)
+            self.half_turns = cupy.asarray(half_turns(config))
         self.qkv_bias = None if "qkv_bias" not in wide else cupy.asarray(wide["qkv_bias"])
         self.o_bias = None if "o_bias" not in wide else cupy.asarray(wide["o_bias"])
         steps = step_turns(config).view(np.uint64).ravel()
@@ -141,7 +145,7 @@ def key_turns(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:
     Odd offsets have neighbouring pairs in opposite order, as the kernel reads them.
     """
     inv_freq, _ = inverse_frequencies(config, angles="float64")
-    angles = np.arange(launch.DECODE_TILE)[:, None] * inv_freq
+    angles = np.arange(launch_decode.DECODE_TILE)[:, None] * inv_freq
     low, high = np.split(k_norm.astype(np.float64), 2)
     cos, sin = np.cos(angles), np.sin(angles)
     turns = np.stack([low * cos, high * sin, high * cos, low * sin], axis=-1)
@@ -150,15 +154,43 @@ def key_turns(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:
 
 
 def turns_apart(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:
-    """Return the same for several tiles, weights and turns apart, [1 + keys, launch.turn_stride, 4] float32.
+    """Return the same for several tiles, weights and turns apart, [1 + keys, turn_stride(D/2), 4] float32.
 
     First, of two pairs of dims, their weights: both lower ones, both upper ones. Then, of key ``offset`` of
     DECODE_TOGETHER tiles and those pairs, the cosine and sine of each. Rows are padded.
     """
     inv_freq, _ = inverse_frequencies(config, angles="float64")
-    angles = np.arange(launch.DECODE_TOGETHER * launch.DECODE_TILE)[:, None] * inv_freq
-    turns = np.zeros((1 + len(angles), launch.turn_stride(config.head_dim), 4), np.float32)
+    angles = np.arange(launch_decode.DECODE_TOGETHER * launch_decode.DECODE_TILE)[:, None] * inv_freq
+    turns = np.zeros((1 + len(angles), launch_decode.turn_stride(config.head_dim // 2), 4), np.float32)
     used = turns[:, : config.head_dim // 4]
     used[0] = np.concatenate([half.reshape(-1, 2) for half in np.split(k_norm, 2)], axis=1)
     used[1:] = np.stack([np.cos(angles), np.sin(angles)], axis=-1).reshape(len(angles), -1, 4)
     return turns
+
+
+def half_turns(config: AttentionConfig) -> np.ndarray:
+    """Return cosines and sines that keys are multiplied by in float16 (``decode_scores.cuh``), as uint32.
+
+    [keys of DECODE_TOGETHER tiles, turn_row(D/16), 4], a thread's two pairs of dims in each 16 bytes: cosines of both,
+    sines of both, and those of the two pairs that are eight on.
+    """
+    inv_freq, _ = inverse_frequencies(config, angles="float64")
+    keys, row = launch_decode.DECODE_TOGETHER * launch_decode.DECODE_TILE, launch_decode.turn_row(config.head_dim // 16)
+    angles = np.zeros((keys, row * 4))
+    angles[:, : inv_freq.size] = np.arange(keys)[:, None] * inv_freq
+    # Of a key, by 16 pairs, 8 pairs, a thread's two.
+    turns = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float16).reshape(keys, 2, row // 4, 2, 4, 2)
+    return np.ascontiguousarray(turns.transpose(0, 2, 4, 3, 1, 5)).view(np.uint32).reshape(keys, row, 4)
+
+
+def second_turns(config: AttentionConfig, k_norm: np.ndarray) -> np.ndarray:
+    """Return what rotated queries are multiplied by if keys are not (``decode_queries.cuh``), [D/4, 2, 4] float32.
+
+    Of two pairs of dims: their weights, both lower ones, both upper ones; and, for pairs that turn slowly, angles over
+    a position times the weights, upper ones negative.
+    """
+    inv_freq, _ = inverse_frequencies(config, angles="float64")
+    low, high = np.split(k_norm.astype(np.float64) * SECOND_SCALE, 2)
+    angle = inv_freq * SINE_SCALE
+    weights = (low, high), (angle * low, -angle * high)
+    return np.stack([np.concatenate([a.reshape(-1, 2), b.reshape(-1, 2)], 1) for a, b in weights], 1).astype(np.float32)

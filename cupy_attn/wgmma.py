@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 
-from . import launch
+from . import launch, launch_decode
 from .config import AttentionConfig
 from .launch import GEMM_BLOCK_K, Launch, Limits, Shape, macros_of
 
@@ -38,7 +38,7 @@ X_BYTES, MOST_X_STAGES, MOST_W_STAGES = 48 << 10, 16, 20
 ROUND = 4096  # what it costs that clusters begin when others end, in rows of 64 columns
 # The fewest tokens of a decode call that those kernels are taken for, unless q, k and v have so many weights and it is
 # not one for which they are read as lines; the most rows of a prefill whose output they project.
-LEAST_FEW, MANY_WEIGHTS, MOST_FEW_ROWS = launch.DECODE_VECTORS + 1, 20 << 20, 256
+LEAST_FEW, MANY_WEIGHTS, MOST_FEW_ROWS = launch_decode.DECODE_VECTORS + 1, 20 << 20, 256
 
 
 def is_wanted() -> bool:
@@ -181,11 +181,13 @@ def _clusters(limits: Limits, blocks: int) -> int:
 
 
 def _few(
-    name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size: int, boxes: tuple[str, str], room: int
+    name: str, shape: Shape, limits: Limits, tokens: int, rows: int, k_size: int, boxes: tuple[str, str], room: int,
+    *, folded: bool = False,
 ) -> Launch:  # fmt: skip
     """Return the launch of a product of W [rows, k_size] with some tokens.
 
     ``boxes``: the arrays that are copied, of tokens and of W. ``room``: bytes of shared memory left to other kernels.
+    ``folded``: tokens are rows of x as they are.
     """
     token_tiles, chunks = min(-(-tokens // FEW_TOKENS), MOST_TOKEN_TILES), -(-k_size // GEMM_BLOCK_K)
     of_cluster, groups = min(tokens, token_tiles * FEW_TOKENS), -(-tokens // (token_tiles * FEW_TOKENS))
@@ -208,7 +210,6 @@ def _few(
     # The last tile of tokens is read as if it had all rows; and sums are of 16 tokens each, a power of two of them.
     least = max(x_bytes - x_tile + token_tiles * FEW_TOKENS * GEMM_BLOCK_K * 2,
                 columns * 64 << (-(-of_cluster // 16) - 1).bit_length())  # fmt: skip
-    folded = boxes[0] == "tokens"
     settings = macros_of(shape, BLOCK_N=columns, TOKEN_TILES=token_tiles, FOLDED=folded and 1)
     clusters, threads = -(-rows // columns) * groups, WARPGROUP * token_tiles + (96 if folded else 64)
     return Launch(name, settings, clusters * splits, threads, max(x_bytes + w_bytes, least),
@@ -225,7 +226,8 @@ def projects_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: 
     """Return whether both projections of so many tokens run on ``project_*_few_wgmma.cu``."""
     fits = config.hidden_size % GEMM_BLOCK_K == 0 and launch.holds_a_row(config, limits)
     weights = (config.q_size + 2 * config.kv_size) * config.hidden_size
-    many = weights >= MANY_WEIGHTS and not shape.precise and not (tokens == 1 and launch.reads_lines(config, limits))
+    as_lines = tokens == 1 and launch_decode.reads_lines(config, limits)
+    many = weights >= MANY_WEIGHTS and not (shape.precise or as_lines)
     enough = tokens >= LEAST_FEW or many
     # With batch_invariant the same kernels must multiply, whatever the batch.
     wanted = shape.batch_invariant or (enough and tokens <= launch.MAX_FEW)
@@ -233,8 +235,8 @@ def projects_few(config: AttentionConfig, shape: Shape, limits: Limits, tokens: 
 
 
 def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, seq: int) -> list[Launch]:
-    """Return the launches of a call of one token a sequence, or a few: ``launch.decode``'s where these do not fit."""
-    first, *middle, last = launch.decode(config, shape, limits, batch, seq)
+    """Return the launches of a call of one token a sequence, or a few: ``launch_decode``'s where these do not fit."""
+    first, *middle, last = launch_decode.decode(config, shape, limits, batch, seq)
     tokens = batch * seq
     if not projects_few(config, shape, limits, tokens):
         return [first, *middle, last]
@@ -243,6 +245,7 @@ def decode(config: AttentionConfig, shape: Shape, limits: Limits, batch: int, se
     ahead = [] if shape.folded else [launch.normalise_rows(config, shape, tokens)]
     boxes = ("tokens", "folded_rows") if shape.folded else ("hidden_parts", "qkv_rows")
     rows = config.q_size + 2 * config.kv_size
-    first = _few("project_qkv_few_wgmma", shape, limits, tokens, rows, config.hidden_size, boxes, room)
+    first = _few("project_qkv_few_wgmma", shape, limits, tokens, rows, config.hidden_size, boxes, room,
+                 folded=shape.folded)  # fmt: skip
     last = _project_output_few(config, launch.plain(shape), limits, tokens, room)
     return [*ahead, first, *middle, last]

@@ -12,20 +12,24 @@
 // its run and copies its first tile before it waits for q, k and v.
 //
 // Rotations only matter relative to each other: the query is rotated by its distance from a tile's first key, and the keys
-// by 0, 1, ... 15: angles that are the same for every tile and every call, so they come as a table, k_norm in them. A tile
-// whose positions have gaps and span more takes a pass for every 16 positions. TOGETHER: so many times as many of all, see shares.cuh,
-// and k_norm apart, as shared memory is then what is busiest and a table of less takes less of it.
+// by 0, 1, ... 15: angles that are the same for every tile and every call, so they come as a table, with k_norm. A tile
+// whose positions have gaps and span more takes a pass for every 16 positions. TOGETHER: so many times as many of all, see shares.cuh.
 //
 // Grid: a block a multiprocessor; block 32 WARPS threads. Shared memory: Shared in decode_shared.cuh. -D: those of call.cuh,
-// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT, TOGETHER (shares.cuh), LEAVES_PARTS (to decode_combine.cu).
-// Memory bound: one read of K and V. Next come the instructions of a tile (decode_tile.cuh).
+// HEAD_TILES (1 or 2), WARPS, WINDOW, FLOAT32_ANGLES, SEVERAL, BATCH_INVARIANT, HALVES, TOGETHER (shares.cuh), SLOW_FROM,
+// HALF_TURNS (decode_scores.cuh), LEAVES_PARTS (to decode_combine.cu). Memory bound: one read of K and V. Next come the instructions of a tile
+// (decode_tile.cuh).
 #include "decode_sums.cuh"
 #include "decode_tile.cuh"
 
 // A thread of decode_project.cu has 88: both kernels fit a multiprocessor, and this one begins before that ends.
 // More than 8 warps are 3 to a quarter of a multiprocessor, which has registers for 168 of each of their threads.
-constexpr bool SHORT_OF_REGISTERS = OVERLAPPING && (WARPS > 8 || (HEAD_DIM <= 128 && HEAD_TILES == 1 && IS_ONE));
+constexpr bool SHORT_OF_REGISTERS = OVERLAPPING && (WARPS > 8 || (HEAD_DIM <= 128 && HEAD_TILES == 1 && IS_ONE && !BY_PIECES));
+#ifdef LEAVES_PARTS
+constexpr int MOST_REGISTERS = OVERLAPPING ? 232 : 255;  // and a block of decode_combine.cu has room
+#else
 constexpr int MOST_REGISTERS = SHORT_OF_REGISTERS ? 168 : 255;
+#endif
 
 #ifdef LEAVES_PARTS
 constexpr bool ADDS_PARTS = false;
@@ -36,7 +40,7 @@ constexpr bool ADDS_PARTS = true;
 extern "C" __global__ void __maxnreg__(MOST_REGISTERS)
 attend_decode(const __grid_constant__ Call call)
 {
-    extern __shared__ __align__(512) char smem[];  // sizeof(Shared), rows at multiples of their length; see launch.py
+    extern __shared__ __align__(512) char smem[];  // sizeof(Shared), rows at multiples of their length; see launch_decode.py
     Shared& shared = *reinterpret_cast<Shared*>(smem);
     __shared__ bool is_last;  // of the blocks that have a part in the head; or alone in it
     __shared__ int arrived;   // blocks at the head before this one; the keeper's, kept here since registers are short

@@ -33,7 +33,9 @@ struct Call {
     const float* o_bias;                  // [H] or null
     const unsigned long long* frequency;  // [D / 2], see rope.cuh; behind them [D / 2] float2, see finish_heads.cuh
     const float4* k_turns;                // [16, D / 2], see attend_decode.cu; null where angles are those of float32
-    const float4* turns;                  // [1 + 64, TURN_STRIDE], see decode_tile.cuh; likewise
+    const float4* turns;                  // [1 + 64, ALL_TURNS_STRIDE], see decode_shared.cuh; likewise
+    const uint4* half_turns;              // [64, ALL_TURNS_ROW], see decode_shared.cuh; likewise
+    const float4* second_turns;           // [D / 2], see decode_queries.cuh; likewise
     // The cache.
     STORAGE* k_cache;       // [B, Hkv, capacity, D], before norm and RoPE
     STORAGE* v_cache;       // [B, Hkv, capacity, D]

@@ -1,14 +1,12 @@
 // The queries of attend_decode.cu: normalised once a head, rotated anew for every tile of keys, and as operands of products.
 //
 // A head's rows are the query heads of a sequence's first new token, then those of the second, and so on.
-// -D: those of shares.cuh, FLOAT32_ANGLES.
+// -D: those of shares.cuh, FLOAT32_ANGLES, SLOW_FROM, HALF_TURNS (decode_scores.cuh).
 #pragma once
 #include "decode_shared.cuh"
 #include "reduce.cuh"
 #include "rope.cuh"
 #include "storage.cuh"
-
-constexpr int HALF_BLOCKS = HEAD_DIM / 16;
 
 // q, k and v of a new token.
 __device__ __forceinline__ const float* qkv_of(const Call& call, int b, int token) {
@@ -96,7 +94,8 @@ __device__ __forceinline__ void normalise_queries(const Call& call, Shared& shar
     }
 }
 
-// Rotate the queries for a tile whose first key is `distance` behind them. HALVES: once more, to rows 4 to 7, for keys 8 positions on.
+// Rotate the queries for a tile whose first key is `distance` behind them. HAS_SECOND: times k_norm, and beside it what a key's sines are
+// multiplied by.
 __device__ __forceinline__ void rotate_queries(Shared& shared, int rows, int distance) {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     __half* const target = shared.q[warp][0];
@@ -108,8 +107,13 @@ __device__ __forceinline__ void rotate_queries(Shared& shared, int rows, int dis
         float2 cosine, sine;
         rotation(distance, make_uint2(frequency.x, frequency.y), cosine.x, sine.x);
         rotation(distance, make_uint2(frequency.z, frequency.w), cosine.y, sine.y);
-#ifdef HALVES
-        const float4 step = *reinterpret_cast<const float4*>(shared.step + d);
+#ifdef HAS_SECOND
+        const bool has_second = d >= 8 * SECOND_FROM;
+        float4 weight = make_float4(1.0f, 1.0f, 1.0f, 1.0f), of_sines = weight;  // both lower dims, both upper
+        if (has_second) {
+            weight = shared.second[d - 8 * SECOND_FROM], of_sines = shared.second[d - 8 * SECOND_FROM + 1];
+            if (d < FAST_PAIRS) of_sines = make_float4(weight.x, weight.y, -weight.z, -weight.w);
+        }
 #endif
         constexpr int AT_ONCE = HEAD_TILES == 2 ? 4 : 2;  // rows that are read before the first of them is stored
 #pragma unroll 1
@@ -122,34 +126,36 @@ __device__ __forceinline__ void rotate_queries(Shared& shared, int rows, int dis
             }
 #pragma unroll
             for (int r = 0; r < AT_ONCE; ++r) {
-                const auto store = [&](int row, const float2& low, const float2& high) {
-                    const unsigned low_pair = pack(low.x, low.y), high_pair = pack(high.x, high.y);
-                    unsigned* place = reinterpret_cast<unsigned*>(target + row * STRIDE + d);
-                    place[0] = low_pair, place[PAIRS / 2] = high_pair;
-                    if (PARTS == 2) {
-                        place[ROWS * STRIDE / 2] = pack_rest(low.x, low.y, low_pair);
-                        place[ROWS * STRIDE / 2 + PAIRS / 2] = pack_rest(high.x, high.y, high_pair);
-                    }
-                };
-                const float2 low = make_float2(a[r].x * cosine.x - c[r].x * sine.x, a[r].y * cosine.y - c[r].y * sine.y);
-                const float2 high = make_float2(c[r].x * cosine.x + a[r].x * sine.x, c[r].y * cosine.y + a[r].y * sine.y);
-                store(first + r, low, high);
-#ifdef HALVES
-                store(first + r + ROWS / 2,
-                      make_float2(low.x * step.x + high.x * step.y, low.y * step.z + high.y * step.w),
-                      make_float2(high.x * step.x - low.x * step.y, high.y * step.z - low.y * step.w));
+                float2 low = make_float2(a[r].x * cosine.x - c[r].x * sine.x, a[r].y * cosine.y - c[r].y * sine.y);
+                float2 high = make_float2(c[r].x * cosine.x + a[r].x * sine.x, c[r].y * cosine.y + a[r].y * sine.y);
+#ifdef HAS_SECOND
+                if (has_second) {
+                    unsigned* const place = reinterpret_cast<unsigned*>(
+                        shared.q_second[warp] + (first + r) * SECOND_STRIDE + d - 8 * SECOND_FROM);
+                    place[0] = pack(high.x * of_sines.x, high.y * of_sines.y);
+                    place[SECOND_PAIRS / 2] = pack(low.x * of_sines.z, low.y * of_sines.w);
+                }
+                low.x *= weight.x, low.y *= weight.y, high.x *= weight.z, high.y *= weight.w;
 #endif
+                const unsigned low_pair = pack(low.x, low.y), high_pair = pack(high.x, high.y);
+                unsigned* const place = reinterpret_cast<unsigned*>(target + (first + r) * STRIDE + d);
+                place[0] = low_pair, place[PAIRS / 2] = high_pair;
+                if (PARTS == 2) {
+                    place[Q_ROWS * STRIDE / 2] = pack_rest(low.x, low.y, low_pair);
+                    place[Q_ROWS * STRIDE / 2 + PAIRS / 2] = pack_rest(high.x, high.y, high_pair);
+                }
             }
         }
     }
 }
 
-// Step j of a score takes 8 dims of the lower half of a head and the 8 they are rotated with: block j and block j +
-// HALF_BLOCKS. Query heads 8 t to 8 t + 7 as the B fragments of steps j and j + 1; where there are fewer the last one again, since
-// scores must be numbers. HALVES: heads 0 to 3 as rotated for the first keys of a tile and for the others.
-__device__ __forceinline__ void load_queries(unsigned (&frag)[4], const __half* q, int rows, int t, int j) {
+// Step j of a score takes 8 dims of the lower half of a head and the 8 they are rotated with: block j and block j + BLOCKS of rows that
+// stand `stride` apart. Query heads 8 t to 8 t + 7 as the B fragments of steps j and j + 1; where there are fewer the last one again,
+// since scores must be numbers. HALVES: heads 0 to 3 twice.
+template <int BLOCKS>
+__device__ __forceinline__ void load_queries(unsigned (&frag)[4], const __half* q, int stride, int rows, int t, int j) {
     const int lane = threadIdx.x % 32;
-    const int block = min(j + lane / 16, HALF_BLOCKS - 1) + lane / 8 % 2 * HALF_BLOCKS;  // an odd last step: read, not used
-    const int row = IN_HALVES ? lane & ROWS / 2 | min(lane % (ROWS / 2), rows - 1) : min(8 * t + lane % 8, rows - 1);
-    load_matrices(frag, q + row * STRIDE + block * 8);
+    const int block = min(j + lane / 16, BLOCKS - 1) + lane / 8 % 2 * BLOCKS;  // an odd last step: read, not used
+    const int row = min(IN_HALVES ? lane % 4 : 8 * t + lane % 8, rows - 1);
+    load_matrices(frag, q + row * stride + block * 8);
 }

@@ -1,5 +1,5 @@
 // A warp's ring of tiles in attend_decode.cu: copies of cached keys and values to shared memory, those of new tokens among them.
-// -D: those of shares.cuh, FLOAT32_ANGLES.
+// -D: those of shares.cuh, FLOAT32_ANGLES, SLOW_FROM, HALF_TURNS (decode_scores.cuh).
 #pragma once
 #include "decode_queries.cuh"
 #include "storage.cuh"
@@ -13,28 +13,47 @@ __device__ __forceinline__ void copy_table(void* target, const void* source) {
     }
 }
 
+// The beginnings of rows that stand STRIDE apart, one behind the other; SWAPS: of odd ones every two fours in opposite order.
+template <int ROWS, int SIZE, int STRIDE, bool SWAPS = false, typename T>
+__device__ __forceinline__ void copy_rows(T* target, const T* source) {
+    static_assert(sizeof(T) == 16 && (!SWAPS || SIZE % 8 == 0), "pieces of 16 bytes, eight of which are two fours");
+#pragma unroll
+    for (int first = 0; first < ROWS * SIZE; first += THREADS) {
+        const int i = first + threadIdx.x;
+        const int swapped = SWAPS && i / SIZE % 2 ? i ^ 4 : i;
+        if (i < ROWS * SIZE) copy16_async(target + swapped, source + i / SIZE * STRIDE + i % SIZE, true);
+    }
+}
+
 // Ask for what does not depend on tokens, ahead of keys: behind them it would stand in line. All threads of a block together.
 __device__ __forceinline__ void copy_tables(const Call& call, Shared& shared) {
     const auto copy = [](auto& target, const void* source) { copy_table<sizeof(target)>(&target, source); };
 #ifdef FLOAT32_ANGLES
     copy(shared.k_norm, call.k_norm);
+#elif defined(HALF_TURNS)
+    copy_rows<TILE, TURN_ROW, ALL_TURNS_ROW, TURN_ROW % 8 == 0>(shared.turn, call.half_turns);
 #elif defined(TOGETHER)
-    copy_table<(1 + TILE) * TURN_STRIDE * sizeof(float4)>(shared.turn, call.turns);
+    copy_rows<1 + TILE, TURN_STRIDE, ALL_TURNS_STRIDE>(shared.turn, call.turns);
 #else
-    copy(shared.turn, call.k_turns);
+    copy_rows<TILE, FAST_PAIRS, PAIRS>(shared.turn, call.k_turns);
+#endif
+#ifdef HAS_SECOND
+    copy(shared.second, call.second_turns + 8 * SECOND_FROM);
 #endif
     copy(shared.frequency, call.frequency);
-#ifdef HALVES
-    copy(shared.step, call.frequency + PAIRS);
-#endif
     copies_commit();
 }
 
 // And for what all but the first of some tiles take.
 #ifdef TOGETHER
 __device__ __forceinline__ void copy_more_turns(const Call& call, Shared& shared) {
-    constexpr int FIRST = (1 + TILE) * TURN_STRIDE;
-    copy_table<(TURNED - TILE) * TURN_STRIDE * sizeof(float4)>(shared.turn + FIRST, call.turns + FIRST);
+#ifdef HALF_TURNS
+    copy_rows<TURNED - TILE, TURN_ROW, ALL_TURNS_ROW, TURN_ROW % 8 == 0>(shared.turn + TILE * TURN_ROW,
+                                                                         call.half_turns + TILE * ALL_TURNS_ROW);
+#else
+    constexpr int FIRST = 1 + TILE;
+    copy_rows<TURNED - TILE, TURN_STRIDE, ALL_TURNS_STRIDE>(shared.turn + FIRST * TURN_STRIDE, call.turns + FIRST * ALL_TURNS_STRIDE);
+#endif
     copies_commit();
 }
 #endif

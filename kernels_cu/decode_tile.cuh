@@ -4,23 +4,14 @@
 // It is the instructions that make k' that count, so scores are k' q'^T and sums v^T p^T: keys and dims are the rows of products,
 // queries, of which there are few, the columns. Even squares of keys are products: the diagonal of k k^T.
 //
-// HALVES: up to four queries are columns twice, rotated by their distance from the tile's first key and from its ninth. So keys 8
-// apart are rotated by the same angles, which are read once: reading them is what shared memory does most. Of a key's scores
-// the ones in columns 0 to 3 count, or those in columns 4 to 7, and each lane has those of one key.
+// HALVES: up to four queries are columns twice. Of a key's scores the ones in columns 0 to 3 count, or those in columns 4 to 7, and each
+// lane has those of one key.
 // -D: those of shares.cuh, FLOAT32_ANGLES.
 #pragma once
-#include "decode_queries.cuh"
 #include "decode_ring.cuh"
+#include "decode_scores.cuh"
 
-// Where angles come from the table, keys are rotated as they were cached and the norm goes to their scores. The table is so much
-// smaller than float16 allows for normalised keys; those whose reciprocal norm is not between these are first brought near one.
-#ifdef FLOAT32_ANGLES
-constexpr bool NORMALISES_SCORES = false;
-#else
-constexpr bool NORMALISES_SCORES = true;
-#endif
 constexpr int LEAST_LANES = IN_HALVES ? 2 : 4;  // lanes this far apart, and twice, four times, ... as far, have the same heads
-constexpr float TURN_UNSCALE = 8.0f, LEAST_RSTD = 0.07f, MOST_RSTD = PARTS == 2 ? 16.0f : 2048.0f;
 
 // What a warp has found of a head. Of heads 8 t + 2 (l % 4) + {0, 1}, of lane l; HALVES: shift and sum of head 2 (l % 2) + {0, 1}.
 struct Sums {
@@ -87,10 +78,9 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
     const int first_position = __shfl_sync(0xffffffffu, own_position, 0);
     const int last_position = __shfl_sync(0xffffffffu, own_position, last);
 
-    // 16 keys: [step][2 n + half] has dims 2 (l % 4) + {0, 1} of a block of that half, of key 8 n + l / 4.
     const int key_row = lane / 16 * 8 + lane % 8, k_half = lane / 8 % 2;
     const unsigned k_address = shared_address(k_smem + place_of(key_row, k_half * HALF_BLOCKS));
-    unsigned k_raw[HALF_BLOCKS][4];
+    Keys k_raw;
     float squares[2][2][4] = {};  // k k^T of [keys 0 to 7, 8 to 15][lower, upper half], of which the diagonal counts
 #pragma unroll
     for (int j = 0; j < HALF_BLOCKS; ++j)
@@ -139,100 +129,30 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
         return (has_new && at.slot + key > at.past + token_of(at, group, t, e)) || position < seen_from[t][e];
     };
 
-    // The table spans `turned` positions: keys further apart than that take several passes. HALVES: any gap does, one for the first
-    // keys and one for the others.
+    // The table spans `turned` positions: keys further apart than that take several passes.
 #ifndef FLOAT32_ANGLES
-    int half = 0, base = first_position;
+    int base = first_position;
     const int turned = MOST_TOGETHER > 1 && at.together > 1 ? TURNED : TILE;  // positions that the table has
     const bool is_rotated = MOST_TOGETHER > 1 && last_position - sums.base < turned;  // since a tile before
     if (is_rotated) base = sums.base;
-    const int span = last_position - base;
-    const bool gaps = IN_HALVES ? span != last : span >= turned;
+    const bool gaps = last_position - base >= turned;
     while (true) {
 #else
     {
-        constexpr int base = 0, half = 0, turned = TILE;
+        constexpr int base = 0, turned = TILE;
         constexpr bool gaps = false;
 #endif
 #ifdef FLOAT32_ANGLES
         rotate_queries(shared, rows, IS_ONE ? new_at : 0);
 #else
-        if (!is_rotated) rotate_queries(shared, rows, new_at - base + 8 * half);
+        if (!is_rotated) rotate_queries(shared, rows, new_at - base);
         if (MOST_TOGETHER > 1) sums.base = base;
 #endif
         __syncwarp();
         ask_for_keys();
 
-        float scores[HEAD_TILES][4] = {};  // keys l / 4 and 8 more, heads 2 (l % 4) + {0, 1}
-#ifndef FLOAT32_ANGLES
-        constexpr int ROTATIONS = IN_HALVES ? 1 : 2;  // of keys l / 4 and 8 more
-        constexpr int PLACES = MOST_TOGETHER == 1 ? 2 : 1;
-        const float4* turns[ROTATIONS][PLACES];
-#pragma unroll
-        for (int n = 0; n < ROTATIONS; ++n) {
-            const int position = n + half == 0 ? offsets[0] : offsets[1];
-            const int offset = IN_HALVES && !gaps ? lane / 4 : (position - base) & (TURNED - 1);
-#pragma unroll
-            for (int odd = 0; odd < PLACES; ++odd)
-                turns[n][odd] = shared.turn + (PLACES == 1 ? (1 + offset) * TURN_STRIDE + quad : turn_index(offset, quad * 2 + odd));
-        }
-#endif
-        // Rotate two dims of the lower half of key l / 4, or 8 more, and two of the upper, `low` and `high`; with their weights.
-        const auto rotate_key = [&](int n, int j, float2& low, float2& high) {
-            float2 a = low, c = high;
-#ifdef TOGETHER
-            const float4 weight = shared.turn[j * 4 + quad], turn = turns[n][0][j * 4];
-            a.x *= weight.x, a.y *= weight.y, c.x *= weight.z, c.y *= weight.w;
-            const float4 even = make_float4(turn.x, turn.y, turn.x, turn.y), odd = make_float4(turn.z, turn.w, turn.z, turn.w);
-#elif defined(FLOAT32_ANGLES)
-            const auto turn_of = [&](int pair) {
-                float cosine, sine;
-                rotation(offsets[n], shared.frequency[pair], cosine, sine);
-                const float low = shared.k_norm[pair], high = shared.k_norm[pair + PAIRS];
-                return make_float4(low * cosine, high * sine, high * cosine, low * sine);
-            };
-            const float4 even = turn_of(j * 8 + quad * 2), odd = turn_of(j * 8 + quad * 2 + 1);
-#else
-            const float4 even = turns[n % ROTATIONS][0][j * 8], odd = turns[n % ROTATIONS][1][j * 8];
-#endif
-            low = make_float2(a.x * even.x - c.x * even.y, a.y * odd.x - c.y * odd.y);
-            high = make_float2(c.x * even.z + a.x * even.w, c.y * odd.z + a.y * odd.w);
-        };
-        unsigned q_frag[HEAD_TILES][PARTS][4];
-#pragma unroll
-        for (int j = 0; j < HALF_BLOCKS; ++j) {
-            if (j % 2 == 0) {
-#pragma unroll
-                for (int t = 0; t < HEAD_TILES; ++t)
-#pragma unroll
-                    for (int p = 0; p < PARTS; ++p) load_queries(q_frag[t][p], shared.q[warp][p], rows, t, j);
-            }
-            unsigned k_frag[4], k_rest[4];
-#pragma unroll
-            for (int n = 0; n < 2; ++n) {
-                // Or bfloat16 would be widened before the loop over passes, to more floats than there are registers.
-                float2 low = unpack(work_out_here(k_raw[j][2 * n]), STORAGE());
-                float2 high = unpack(work_out_here(k_raw[j][2 * n + 1]), STORAGE());
-                if (!NORMALISES_SCORES) low.x *= rstd[n], low.y *= rstd[n], high.x *= rstd[n], high.y *= rstd[n];
-                rotate_key(n, j, low, high);
-                k_frag[n] = pack(low.x, low.y);
-                k_frag[n + 2] = pack(high.x, high.y);
-                if (PARTS == 2) {
-                    k_rest[n] = pack_rest(low.x, low.y, k_frag[n]);
-                    k_rest[n + 2] = pack_rest(high.x, high.y, k_frag[n + 2]);
-                }
-            }
-#pragma unroll
-            for (int t = 0; t < HEAD_TILES; ++t) {
-                const unsigned(&q)[PARTS][4] = q_frag[t];
-                const int two = j % 2 * 2;
-                if constexpr (PARTS == 2) {  // the small products first
-                    multiply_add(scores[t], k_frag, q[1][two], q[1][two + 1]);
-                    multiply_add(scores[t], k_rest, q[0][two], q[0][two + 1]);
-                }
-                multiply_add(scores[t], k_frag, q[0][two], q[0][two + 1]);
-            }
-        }
+        Scores scores;
+        multiply_keys(shared, k_raw, offsets, base, rows, rstd, scores);
         // This lane's own: of keys l / 4 and 8 more, heads 8 t + 2 (l % 4) + {0, 1}; or of one of those keys, heads 2 (l % 2) + {0, 1}.
         constexpr int OWN = IN_HALVES ? 2 : 4;
         float own[HEAD_TILES][OWN];
@@ -244,7 +164,7 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
                 own[t][e] = (n == 0 ? scores[t][e % 2] * score_scale[0] : scores[t][e % 2 + 2] * score_scale[1]);
                 const int position = n == 0 ? offsets[0] : offsets[1];
                 if (is_hidden(n, IS_ONE ? 0 : t, IS_ONE ? 0 : e % 2) ||
-                    (gaps && (static_cast<unsigned>(position - base) >= turned || (IN_HALVES && n != half))))
+                    (gaps && static_cast<unsigned>(position - base) >= turned))
                     own[t][e] = MINUS_INFINITY;
             }
 
@@ -325,10 +245,6 @@ __device__ __forceinline__ void attend_tile(const Call& call, Shared& shared, co
         }
 #ifndef FLOAT32_ANGLES
         if (!gaps) break;
-        if (IN_HALVES) {
-            half ^= 1;
-            if (half == 1) continue;
-        }
         const unsigned beyond = __ballot_sync(0xffffffffu, lane <= last && own_position - base >= turned);
         if (!beyond) break;
         base = __shfl_sync(0xffffffffu, own_position, __ffs(beyond) - 1);

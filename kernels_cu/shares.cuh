@@ -30,7 +30,7 @@ constexpr bool IS_WINDOWED = true;
 constexpr bool IS_WINDOWED = false;
 #endif
 
-// HALVES: a head has at most 4 queries, and they are rotated twice, for keys 0 to 7 of a tile and for the others (decode_tile.cuh).
+// HALVES: a head has at most 4 queries, which are columns of products twice (decode_tile.cuh).
 #ifdef HALVES
 constexpr bool IN_HALVES = true;
 #else

@@ -9,7 +9,7 @@ import numpy as np
 from conftest import make_weights
 
 import cupy_attn as ca
-from cupy_attn import cuda, launch, ops, reference, warmup, wgmma
+from cupy_attn import cuda, launch, launch_decode, ops, reference, warmup, wgmma
 from cupy_attn.accuracy import BARS, MAX_ERROR_BARS, max_error, relative_l2
 from cupy_attn.arrays import storage_dtype, to_numpy
 from cupy_attn.rope import rope_angles
@@ -140,13 +140,14 @@ def kernels_of(
     """Yield the kernels of calls with (batch, tokens)."""
     gpu = cuda.limits(0)
     for config, dtype, precise in kinds:
-        shape = launch.Shape(dtype, config.head_dim, precise, windowed, float32_angles=False)
-        for batch, seq in calls:
-            if not collect and launch.decodes(config, shape, batch, seq):
-                launches = wgmma.decode(config, shape, gpu, batch, seq)
-            else:
-                launches = wgmma.prefill(config, shape, gpu, batch, seq, past_tiles=0, collect=collect)
-            yield from ((one.name, one.macros) for one in launches)
+        for half_turns in {False, not precise}:
+            shape = launch.Shape(dtype, config.head_dim, precise, windowed, float32_angles=False, half_turns=half_turns)
+            for batch, seq in calls:
+                if not collect and launch_decode.decodes(config, shape, batch, seq):
+                    launches = wgmma.decode(config, shape, gpu, batch, seq)
+                else:
+                    launches = wgmma.prefill(config, shape, gpu, batch, seq, past_tiles=0, collect=collect)
+                yield from ((one.name, one.macros) for one in launches)
 
 
 def build_ahead(pairs: Iterable[tuple]) -> None:

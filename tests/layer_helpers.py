@@ -18,13 +18,16 @@ def make_layer(dtype="float32", device="cpu", *, config=CONFIG, k_norm_max=96.5,
     return ca.Attention(config, weights, dtype, device, **options)
 
 
-def far_scores(config, dtype: str, pair_product: float, seq: int) -> tuple[ca.AttentionWeights, np.ndarray]:
+def far_scores(
+    config, dtype: str, pair_product: float, seq: int, pair: int | None = None
+) -> tuple[ca.AttentionWeights, np.ndarray]:
     """Return weights and hidden states [1, S, H] whose scores are as far apart as the norm weights let them.
 
-    One dim that RoPE hardly turns carries them: the last half of the tokens has the lowest scores that are possible,
-    the third before it the highest, the first sixth zero. Keys of a kind are the same: rounding them moves nothing.
+    One dim carries them, of ``pair`` or the last, which RoPE hardly turns: the last half of the tokens has the lowest
+    scores that are possible, the third before it the highest, the first sixth zero. Keys of a kind are the same.
     """
-    dim = config.head_dim // 2 - 1
+    half = config.head_dim // 2
+    dim = half - 1 if pair is None else pair
     weights = make_weights(config, k_norm_max=1.5, dtype="float32")
     qkv, hidden = weights.qkv_proj.copy(), config.hidden_size
     q = qkv[: config.q_size].reshape(-1, config.head_dim, hidden)
@@ -33,7 +36,7 @@ def far_scores(config, dtype: str, pair_product: float, seq: int) -> tuple[ca.At
     q[:], k[:] = 0, 0
     q[:, dim, 0] = k[:, dim, 1] = k[:, dim - 1, 2] = 16  # so that eps is nothing beside them
     norm = np.ones(config.head_dim, np.float32)
-    norm[[dim, 2 * dim + 1]] = np.sqrt(pair_product)
+    norm[[dim, dim + half]] = np.sqrt(pair_product)
     x = np.random.default_rng(3).standard_normal((1, seq, hidden))
     kinds = np.searchsorted([seq // 6, seq // 2], np.arange(seq), side="right")
     x[..., :3] = np.stack([np.ones(seq), np.array([0, 1, -1])[kinds], kinds == 0], -1)

@@ -17,7 +17,7 @@ from conftest import make_config, make_hidden, make_weights
 from layer_helpers import far_scores
 
 import cupy_attn as ca
-from cupy_attn import kernels, launch, reference, workspace
+from cupy_attn import kernels, launch_decode, reference, workspace
 from cupy_attn.accuracy import BARS
 
 pytestmark = pytest.mark.skipif(emulated_gpu.compiler() is None, reason="there is no g++")
@@ -123,7 +123,7 @@ def test_long_runs_of_many_queries(monkeypatch, gpu, dtype, gaps, heads, new, le
     layer = make_layer(config_of(heads, 1, 64, 72, max_position_embeddings=1 << 17), dtype, TAME)
     cache = filled_cache(layer, [2555, 2550], 2560, positions_with(gaps, 2, 2560))
     if leaves:
-        monkeypatch.setattr(launch, "LEAST_LEFT", 2)
+        monkeypatch.setattr(launch_decode, "LEAST_LEFT", 2)
     call(layer, cache, new)
     (launches,) = layer._backend._launches.values()
     assert [one.name for one in launches[1:-1]] == ["attend_decode", "decode_combine"][: 1 + leaves]
@@ -182,7 +182,7 @@ def test_decode_of_one_token_reads_long_rows_as_lines(monkeypatch, hidden, q_hea
     """Where W's rows are shared out evenly, and where the last block has fewer or none."""
     emulated_gpu.pretend(monkeypatch, num_sms=num_sms)
     layer = make_layer(config_of(q_heads, 1, 64, hidden), dtype, TAME)
-    first, *_, last = launch.decode(layer.config, layer._backend._shape, layer._backend._limits, 1, 1)
+    first, *_, last = launch_decode.decode(layer.config, layer._backend._shape, layer._backend._limits, 1, 1)
     assert tuple(dict(one.macros).get("UNIT") for one in (first, last)) == units
     call(layer, filled_cache(layer, [20], 21), 1)
 
@@ -200,7 +200,7 @@ def test_decode_by_weights_that_have_the_norms_in_them(monkeypatch, hidden, num_
     emulated_gpu.pretend(monkeypatch, num_sms=num_sms)
     layer = make_layer(config_of(2, 1, 128, hidden, attention_bias=tokens == 2), "float16", TAME)
     shape, gpu = layer._backend._shape, layer._backend._limits
-    one = launch.decode_project(layer.config, shape, gpu, tokens)
+    one = launch_decode.decode_project(layer.config, shape, gpu, tokens)
     assert one.name == "decode_project_folded"
     cache = filled_cache(layer, [*range(20, 20 + tokens)], 20 + tokens)
     x = make_hidden(layer.config, tokens, 1, dtype="float16").astype(np.float32) * scale
@@ -230,7 +230,7 @@ def test_decode_leaves_nothing_behind_for_the_next_call_to_take_for_its_own(gpu,
 def test_decode_where_blocks_have_more_rows_of_weights_than_threads(monkeypatch, batch):
     emulated_gpu.pretend(monkeypatch, num_sms=13)
     layer = make_layer(config_of(*SHAPES[0]), "float16", TAME)
-    first, *_ = launch.decode(layer.config, layer._backend._shape, layer._backend._limits, batch, 1)
+    first, *_ = launch_decode.decode(layer.config, layer._backend._shape, layer._backend._limits, batch, 1)
     assert dict(first.macros)["TILES"] == "5"
     call(layer, filled_cache(layer, [20] * batch, 21), 1)
 
@@ -460,33 +460,34 @@ def test_what_a_kernel_must_not_do_fails_the_launch(tmp_path, monkeypatch, body,
         trial(tmp_path, monkeypatch, body, seeds=[0])
 
 
-# docs/numerics.md: relative L2 of two decode steps in 1e-3, by product; and rounded as transformers does.
+# docs/numerics.md: relative L2 of two decode steps in 1e-3, by product.
 ONE_PAIR = {
-    "float16": ({1.5: 4.4, 2.5: 6.4, 3.6: 8.2, 6.0: 16.8, 7.9: 20.4}, 0.36),
-    "bfloat16": ({1.5: 5.8, 2.5: 6.7, 3.6: 7.8, 6.0: 21.4, 7.9: 19.9}, 3.2),
+    "float16": {1.5: 5.0, 2.5: 5.5, 3.6: 9.7, 6.0: 20.4, 7.9: 22.4},
+    "bfloat16": {1.5: 5.8, 2.5: 5.9, 3.6: 11.2, 6.0: 21.4, 7.9: 22.5},
 }
+TURNED_PAIR = 40
 
 
-@pytest.mark.parametrize("product", ONE_PAIR["float16"][0])
+@pytest.mark.parametrize("product", ONE_PAIR["float16"])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_decode_is_known_to_miss_where_one_pair_of_dims_carries_everything(gpu, dtype, product):
-    """But not the precise path, nor prefill, which rounds a query once. Whoever mends it changes that page, too."""
-    expected, of_transformers = ONE_PAIR[dtype]
-    for precise in (False, True):
-        config = dataclasses.replace(config_of(2, 1, 128, 128), precise_threshold=0.5 if precise else 20.0)
-        weights, x = far_scores(config, dtype, product, 402)
-        layer = ca.Attention(config, weights, dtype, "cuda")
-        assert layer.precise == precise
-        cache = filled_cache(layer, [0], 402)
-        call(layer, cache, 400, x=x[:, :400])
-        past = held(cache, 0)
-        y = np.concatenate([layer(np.ascontiguousarray(x[:, i : i + 1]), cache) for i in (400, 401)], 1)
-        _, stages = reference.forward(config, weights, x[:, 400:], dtype=dtype, past=past)
-        error = ca.relative_l2(y, stages["output"])
-        if precise:
-            assert error <= BARS[dtype]
-        else:
-            assert 1e3 * error == pytest.approx(expected[product], rel=0.1)
-            _, rounded = reference.forward(config, weights, x[:, 400:], dtype=dtype, past=past, rounding="transformers")
-            off = ca.relative_l2(rounded["output"], stages["output"])
-            assert 1e3 * off == pytest.approx(of_transformers, rel=0.1)
+    """But not where that pair hardly turns, nor on the precise path. Whoever mends it changes that page, too."""
+    assert error_of_far_scores(dtype, product, None, precise=False) <= BARS[dtype]
+    assert error_of_far_scores(dtype, product, TURNED_PAIR, precise=True) <= BARS[dtype]
+    error = error_of_far_scores(dtype, product, TURNED_PAIR, precise=False)
+    assert 1e3 * error == pytest.approx(ONE_PAIR[dtype][product], rel=0.1)
+
+
+def error_of_far_scores(dtype, product, pair, *, precise):
+    """Return the relative L2 error of two decode steps."""
+    config = dataclasses.replace(config_of(2, 1, 128, 128), precise_threshold=0.5 if precise else 20.0)
+    weights, x = far_scores(config, dtype, product, 402, pair)
+    layer = ca.Attention(config, weights, dtype, "cuda")
+    assert layer.precise == precise
+    cache = filled_cache(layer, [0], 402)
+    prompt, tokens = np.ascontiguousarray(x[:, :400]), [np.ascontiguousarray(x[:, i : i + 1]) for i in (400, 401)]
+    layer(prompt, cache)
+    past = held(cache, 0)
+    y = np.concatenate([layer(token, cache) for token in tokens], 1)
+    _, stages = reference.forward(config, weights, x[:, 400:], dtype=dtype, past=past)
+    return ca.relative_l2(y, stages["output"])

@@ -19,7 +19,7 @@ import gpu_report
 import small_case
 
 import cupy_attn as ca
-from cupy_attn import cuda, launch, warmup, wgmma
+from cupy_attn import cuda, launch, launch_decode, warmup, wgmma
 from cupy_attn.bench import model_config
 from cupy_attn.launch import Launch
 
@@ -33,10 +33,11 @@ def launches_of(run: small_case.Small) -> list[Launch]:
     shape = launch.Shape(run.dtype, config.head_dim, run.precise, run.window is not None, float32_angles=False,
                          batch_invariant=run.batch_invariant)  # fmt: skip
     shape = dataclasses.replace(shape, folded=wgmma.can_fold(config, shape, cuda.H200) and not run.rest,
-                                close_scores=not (run.precise or run.rest))  # fmt: skip
+                                close_scores=not (run.precise or run.rest),
+                                half_turns=not (run.precise or run.rest))  # fmt: skip
     found, past = [], 0
     for seq in run.calls:
-        if not run.stages and launch.decodes(config, shape, run.batch, seq):
+        if not run.stages and launch_decode.decodes(config, shape, run.batch, seq):
             found += wgmma.decode(config, shape, limits, run.batch, seq)
         else:
             found += wgmma.prefill(config, shape, limits, run.batch, seq, collect=run.stages,

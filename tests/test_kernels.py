@@ -15,7 +15,7 @@ import pytest
 from kernel_helpers import HEADERS, LINEAR_CU, MACROS
 
 import cupy_attn as ca
-from cupy_attn import cuda, kernels, launch, warmup
+from cupy_attn import cuda, kernels, launch, launch_decode, warmup
 from cupy_attn.bench import model_config
 from cupy_attn.threads import workers
 
@@ -70,20 +70,27 @@ def test_no_three_blocks_of_decodes_projections_fit_where_attention_should_begin
     """Of an H200's 65,536 registers: attend_decode and one block of another kernel, or two of those."""
     config = model_config("0.6B")
     shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
-    ones = [launch.decode_project(config, shape, cuda.H200, 8), launch.decode_output(config, shape, cuda.H200, 1)]
-    ones.append(launch.attend_decode(config, shape, cuda.H200, 1, alone=False))
+    ones = [
+        launch_decode.decode_project(config, shape, cuda.H200, 8),
+        launch_decode.decode_output(config, shape, cuda.H200, 1),
+    ]
+    ones.append(launch_decode.attend_decode(config, shape, cuda.H200, 1, alone=False))
     project, output, attend = (kernels.compile_for("sm_90a", one.name, one.macros).registers for one in ones)
     assert project == output
-    assert 3 * launch.GEMV_THREADS * output > 65_536 >= launch.GEMV_THREADS * output + ones[2].threads * attend
+    assert (
+        3 * launch_decode.GEMV_THREADS * output
+        > 65_536
+        >= launch_decode.GEMV_THREADS * output + ones[2].threads * attend
+    )
     many = model_config("235B-A22B")
-    attend = launch.attend_decode(many, shape, cuda.H200, 1, alone=True, leaves=True)
-    combine = launch.decode_combine(many, shape, cuda.H200, 1)
+    attend = launch_decode.attend_decode(many, shape, cuda.H200, 1, alone=True, leaves=True)
+    combine = launch_decode.decode_combine(many, shape, cuda.H200, 1)
     registers = [kernels.compile_for("sm_90a", one.name, one.macros).registers for one in (attend, combine)]
     assert attend.threads * -(-registers[0] // 8) * 8 + combine.threads * registers[1] <= 65_536
     for tokens in (1, 8):  # by weights with the norm in them, a few tokens' block fits beside two others
-        one = launch.decode_project(config, dataclasses.replace(shape, folded=True), cuda.H200, tokens)
+        one = launch_decode.decode_project(config, dataclasses.replace(shape, folded=True), cuda.H200, tokens)
         folded = kernels.compile_for("sm_90a", one.name, one.macros).registers
-        assert (launch.GEMV_THREADS * (2 * output + folded) <= 65_536) == (tokens == 1)
+        assert (launch_decode.GEMV_THREADS * (2 * output + folded) <= 65_536) == (tokens == 1)
         assert folded <= output
 
 

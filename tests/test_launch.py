@@ -12,7 +12,7 @@ import pytest
 from conftest import make_config
 
 import cupy_attn as ca
-from cupy_attn import cuda, kernels, launch, operands, wgmma
+from cupy_attn import cuda, kernels, launch, launch_decode, operands, wgmma
 from cupy_attn.bench import MODELS, model_config
 
 GPUS = {  # multiprocessors, shared memory of a block and of a multiprocessor: CUDA C++ Programming Guide
@@ -63,17 +63,19 @@ def test_who_leaves_it_to_another_kernel_to_add_up_heads():
 def test_what_blocks_know_ahead_of_lengths_that_are_alike():
     config = CONFIGS["0.6B"]
     shape = launch.Shape("float16", 128, precise=False, windowed=False, float32_angles=False)
-    attend = launch.attend_decode(config, shape, cuda.H200, 1, alone=False)
-    assert launch.alike_runs(config, 1, 1, attend) == (132 // 8, 8)  # runs of a head; tiles, one for each warp
-    assert launch.alike_runs(config, 8, 1, attend) == (2, 8)
-    assert launch.alike_runs(config, 16, 1, attend) == (1, 8)
-    assert launch.alike_runs(config, 17, 1, attend) == launch.alike_runs(config, 1, 2, attend) == (0, 0)
-    invariant = launch.attend_decode(
+    attend = launch_decode.attend_decode(config, shape, cuda.H200, 1, alone=False)
+    assert launch_decode.alike_runs(config, 1, 1, attend) == (132 // 8, 8)  # runs of a head; tiles, one for each warp
+    assert launch_decode.alike_runs(config, 8, 1, attend) == (2, 8)
+    assert launch_decode.alike_runs(config, 16, 1, attend) == (1, 8)
+    assert launch_decode.alike_runs(config, 17, 1, attend) == launch_decode.alike_runs(config, 1, 2, attend) == (0, 0)
+    invariant = launch_decode.attend_decode(
         config, dataclasses.replace(shape, batch_invariant=True), cuda.H200, 1, alone=False
     )
-    assert launch.alike_runs(config, 1, 1, invariant) == (0, 0)
+    assert launch_decode.alike_runs(config, 1, 1, invariant) == (0, 0)
     many = CONFIGS["G 20, D 128"]  # two heads' worth of queries to a KV head
-    assert launch.alike_runs(many, 1, 1, launch.attend_decode(many, shape, cuda.H200, 1, alone=False)) == (0, 0)
+    assert launch_decode.alike_runs(
+        many, 1, 1, launch_decode.attend_decode(many, shape, cuda.H200, 1, alone=False)
+    ) == (0, 0)
 
 
 @pytest.mark.parametrize("gpu", GPUS)
@@ -84,7 +86,7 @@ def test_decode_fits_every_gpu(name, gpu):
         (False, True), (False, True), (False, True), (1, 3, 64)
     ):
         shape = launch.Shape("float16", config.head_dim, precise, windowed=False, float32_angles=float32_angles)
-        one = launch.attend_decode(config, shape, GPUS[gpu], seq, alone=alone)
+        one = launch_decode.attend_decode(config, shape, GPUS[gpu], seq, alone=alone)
         assert one.smem_bytes + launch.STATIC_SMEM <= GPUS[gpu].block_smem
         assert one.grid == GPUS[gpu].num_sms
 
@@ -97,11 +99,11 @@ def test_decode_fits_every_gpu(name, gpu):
 def test_shared_memory_of_decode_is_what_the_kernel_takes(tmp_path, monkeypatch, name, precise, float32_angles, alone):
     pytest.importorskip("cupy")
     shape = launch.Shape("float16", CONFIGS[name].head_dim, precise, windowed=False, float32_angles=float32_angles)
-    one = launch.attend_decode(CONFIGS[name], shape, cuda.H200, 1, alone=alone)
+    one = launch_decode.attend_decode(CONFIGS[name], shape, cuda.H200, 1, alone=alone)
     for file in kernels.SOURCES.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     with open(tmp_path / "attend_decode.cu", "a") as file:
-        file.write(f'static_assert(sizeof(Shared) == {one.smem_bytes}, "launch.py counts otherwise");\n')
+        file.write(f'static_assert(sizeof(Shared) == {one.smem_bytes}, "launch_decode.py counts otherwise");\n')
     monkeypatch.setattr(kernels, "SOURCES", tmp_path)
     assert kernels.compile_for("sm_90a", "attend_decode", one.macros).cubin
 
@@ -116,13 +118,15 @@ def test_launches_that_fit_the_gpu(name, gpu):
         shape = launch.Shape(dtype, config.head_dim, precise, windowed=False, float32_angles=False)
         shape = dataclasses.replace(shape, folded=fold and wgmma.can_fold(config, shape, limits))
         calls = [wgmma.prefill(config, shape, limits, batch, seq, past_tiles=3, collect=False)]
-        if launch.decodes(config, shape, batch, seq):
+        if launch_decode.decodes(config, shape, batch, seq):
             calls.append(wgmma.decode(config, shape, limits, batch, seq))
         for launches in calls:
             names = [one.name for one in launches]
             assert len(names) == 3 + (names[0] == "normalise_rows") + ("decode_combine" in names)
             for one in launches:
-                static = launch.GEMV_STATIC_SMEM if one.name.startswith(("decode_project", "decode_output")) else 0
+                static = (
+                    launch_decode.GEMV_STATIC_SMEM if one.name.startswith(("decode_project", "decode_output")) else 0
+                )
                 assert one.smem_bytes + static <= limits.block_smem, one
                 assert 1 <= one.grid < 2**31
                 assert one.threads % 32 == 0
@@ -214,11 +218,14 @@ def test_what_no_kernel_takes_is_said(changes, says):
 def test_tokens_are_normalised_once_where_attention_has_room_beside_them():
     config, gpu = CONFIGS["0.6B"], cuda.H200
     shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
-    ones = [launch.decode_project(config, shape, gpu, tokens) for tokens in range(1, launch.DECODE_VECTORS + 1)]
+    ones = [
+        launch_decode.decode_project(config, shape, gpu, tokens)
+        for tokens in range(1, launch_decode.DECODE_VECTORS + 1)
+    ]
     assert [dict(one.macros)["HELD"] for one in ones] == ["1", "1", "2", "2", "0", "0", "0", "0"]
-    attention = launch.attend_decode(config, shape, gpu, 1, alone=False).smem_bytes + launch.STATIC_SMEM
+    attention = launch_decode.attend_decode(config, shape, gpu, 1, alone=False).smem_bytes + launch.STATIC_SMEM
     for one in ones:
-        both = attention + one.smem_bytes + launch.GEMV_STATIC_SMEM + 2 * launch.RESERVED_SMEM
+        both = attention + one.smem_bytes + launch_decode.GEMV_STATIC_SMEM + 2 * launch.RESERVED_SMEM
         assert both <= gpu.sm_smem
 
 
@@ -228,7 +235,9 @@ def test_tokens_are_normalised_once_where_attention_has_room_beside_them():
 def test_weights_are_all_asked_for_at_once_where_a_block_has_few(name, project, output):
     config = CONFIGS[name]
     shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
-    first, last = (one(config, shape, cuda.H200, 2) for one in (launch.decode_project, launch.decode_output))
+    first, last = (
+        one(config, shape, cuda.H200, 2) for one in (launch_decode.decode_project, launch_decode.decode_output)
+    )
     assert (dict(first.macros)["STEPS"], dict(last.macros)["STEPS"]) == (project, output)
 
 
@@ -241,7 +250,7 @@ def test_other_weights_are_read_as_lines_for_one_token(name, project, output):
     """Steps of half a row, and rows of a block: those of the busiest multiprocessor are as few as can be."""
     config, gpu = CONFIGS[name], cuda.H200
     shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
-    first, last = (one(config, shape, gpu, 1) for one in (launch.decode_project, launch.decode_output))
+    first, last = (one(config, shape, gpu, 1) for one in (launch_decode.decode_project, launch_decode.decode_output))
     sizes = (config.q_size + 2 * config.kv_size, config.hidden_size), (config.hidden_size, config.q_size)
     for one, (rows, k_size), expected in zip((first, last), sizes, (project, output), strict=True):
         macros = dict(one.macros)
@@ -249,11 +258,11 @@ def test_other_weights_are_read_as_lines_for_one_token(name, project, output):
         if expected is not None:
             of_block = math.ceil(rows / (one.grid - 1) / 4) * 4  # gemv_lines.cuh
             assert (int(macros["UNIT"]), of_block) == expected
-            assert k_size == 2 * launch.LINE * int(macros["UNIT"])
-            assert of_block <= launch.MOST_LINES
-    assert launch.reads_lines(config, gpu) == (name != "0.6B")
+            assert k_size == 2 * launch_decode.LINE * int(macros["UNIT"])
+            assert of_block <= launch_decode.MOST_LINES
+    assert launch_decode.reads_lines(config, gpu) == (name != "0.6B")
     if config.group <= 8:  # attend_decode has registers for a block of decode_output beside it, which has 48 KB at most
-        attention = launch.attend_decode(config, shape, gpu, 1, alone=False).smem_bytes + launch.STATIC_SMEM
+        attention = launch_decode.attend_decode(config, shape, gpu, 1, alone=False).smem_bytes + launch.STATIC_SMEM
         assert attention + (48 << 10) + 2 * launch.RESERVED_SMEM <= gpu.sm_smem
 
 
@@ -261,8 +270,8 @@ def test_other_weights_are_read_as_lines_for_one_token(name, project, output):
 def test_blocks_of_a_few_tokens_projection_begin_all_at_once(name, tiles):
     config, gpu = CONFIGS[name], cuda.H200
     shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
-    for tokens in (1, 2, launch.DECODE_VECTORS):
-        one = launch.decode_project(config, shape, gpu, tokens)
+    for tokens in (1, 2, launch_decode.DECODE_VECTORS):
+        one = launch_decode.decode_project(config, shape, gpu, tokens)
         assert tokens == 1 or dict(one.macros)["TILES"] == str(tiles)
         assert one.grid - 1 <= 2 * gpu.num_sms
 
@@ -284,9 +293,9 @@ def test_a_projection_of_few_tokens_fits_or_is_left_to_others(hidden_size, gpu):
     config = make_config(hidden_size=hidden_size)
     shape = launch.Shape("float16", config.head_dim, precise=False, windowed=False, float32_angles=False)
     kinds = []
-    for tokens in range(1, launch.DECODE_VECTORS + 1):
-        one = launch.decode_project(config, shape, GPUS[gpu], tokens)
-        assert one is None or one.smem_bytes + launch.GEMV_STATIC_SMEM <= GPUS[gpu].block_smem
+    for tokens in range(1, launch_decode.DECODE_VECTORS + 1):
+        one = launch_decode.decode_project(config, shape, GPUS[gpu], tokens)
+        assert one is None or one.smem_bytes + launch_decode.GEMV_STATIC_SMEM <= GPUS[gpu].block_smem
         kinds.append(2 if one is None else dict(one.macros)["HELD"] == "0")
     assert kinds == sorted(kinds)  # once, then by every warp, then not at all: what takes less comes later
 
@@ -352,10 +361,15 @@ def test_k_is_cut_the_same_way_in_any_batch_if_that_is_asked_for(name, precise):
 def test_a_row_too_long_for_shared_memory_takes_the_products_of_prefill():
     config = make_config(head_dim=64, hidden_size=40_000)
     shape = launch.Shape("float16", 64, precise=False, windowed=False, float32_angles=False)
-    names = [one.name for one in launch.decode(config, shape, cuda.H200, 12, 1)]
+    names = [one.name for one in launch_decode.decode(config, shape, cuda.H200, 12, 1)]
     assert names == ["project_qkv", "attend_decode", "project_output"]
     assert launch.holds_a_row(make_config(), cuda.H200)
     assert not launch.holds_a_row(config, cuda.H200)
+
+
+def rotated(config, key, position):
+    cos, sin = ca.rope_angles(config, np.array([position]))
+    return np.asarray(ca.apply_rope(key[None, None, None], cos, sin)).reshape(config.head_dim)
 
 
 @pytest.mark.parametrize("head_dim", [48, 64, 128])
@@ -364,31 +378,74 @@ def test_turns_of_keys_rotate_and_scale_them(head_dim):
     k_norm, key, half = rng.standard_normal(head_dim).astype(np.float32), rng.standard_normal(head_dim), head_dim // 2
     turns = operands.key_turns(config, k_norm).astype(np.float64)
     apart = operands.turns_apart(config, k_norm).astype(np.float64)
-    keys = launch.DECODE_TOGETHER * launch.DECODE_TILE
-    assert turns.shape == (launch.DECODE_TILE, half, 4)
-    assert apart.shape == (1 + keys, launch.turn_stride(head_dim), 4)
-    cos, sin = ca.rope_angles(config, np.arange(keys))
+    keys = launch_decode.DECODE_TOGETHER * launch_decode.DECODE_TILE
+    assert turns.shape == (launch_decode.DECODE_TILE, half, 4)
+    assert apart.shape == (1 + keys, launch_decode.turn_stride(half), 4)
     low, high = np.split(key, 2)
     for offset in range(keys):
-        expected = ca.apply_rope((key * k_norm)[None, None, None], cos[offset : offset + 1], sin[offset : offset + 1])
-        expected = np.asarray(expected).reshape(head_dim)
+        expected = rotated(config, key * k_norm, offset)
         of_pair = apart[1 + offset, : half // 2].reshape(half, 2)
         weights = apart[0, : half // 2].reshape(-1, 2, 2)
         a, c = low * weights[:, 0].ravel(), high * weights[:, 1].ravel()
-        rotated = np.r_[a * of_pair[:, 0] - c * of_pair[:, 1], c * of_pair[:, 0] + a * of_pair[:, 1]]
-        assert np.abs(rotated - expected).max() < 1e-5
-        if offset < launch.DECODE_TILE:
+        turned = np.r_[a * of_pair[:, 0] - c * of_pair[:, 1], c * of_pair[:, 0] + a * of_pair[:, 1]]
+        assert np.abs(turned - expected).max() < 1e-5
+        if offset < launch_decode.DECODE_TILE:
             of_pair = turns[offset, np.arange(half) ^ (offset & 1)]  # as the kernel finds them
-            rotated = np.r_[low * of_pair[:, 0] - high * of_pair[:, 1], high * of_pair[:, 2] + low * of_pair[:, 3]]
-            assert np.abs(rotated - expected).max() < 1e-5
+            turned = np.r_[low * of_pair[:, 0] - high * of_pair[:, 1], high * of_pair[:, 2] + low * of_pair[:, 3]]
+            assert np.abs(turned - expected).max() < 1e-5
 
 
-@pytest.mark.parametrize("head_dim", range(16, 129, 16))
+@pytest.mark.parametrize("head_dim", [16, 48, 64, 128, 256])
+@pytest.mark.parametrize("theta", [1e2, 1e4, 1e6])
+def test_keys_that_are_not_turned_make_scores(head_dim, theta):
+    """Pairs that turn slowly as they are, the others times cosines and sines in float16."""
+    config, rng = make_config(head_dim=head_dim, rope_theta=theta), np.random.default_rng(0)
+    k_norm, half, keys = rng.standard_normal(head_dim).astype(np.float32), head_dim // 2, launch_decode.DECODE_TILE
+    turns, second = operands.half_turns(config), operands.second_turns(config, k_norm).astype(np.float64)
+    assert turns.shape == (launch_decode.DECODE_TOGETHER * keys, launch_decode.turn_row(head_dim // 16), 4)
+    assert second.shape == (half // 2, 2, 4)
+    fast = 8 * launch_decode.fast_blocks(config, keys)
+    assert 8 <= fast <= half
+    w_low, w_high = second[:, 0, :2].ravel(), second[:, 0, 2:].ravel()
+    s_low, s_high = second[:, 1, :2].ravel(), second[:, 1, 2:].ravel()
+    turns = turns.view(np.float16).reshape(*turns.shape[:2], 2, 2, 2).astype(np.float64)
+    query, key = rng.standard_normal((2, head_dim))
+    (q_low, q_high), (low, high) = np.split(query, 2), np.split(key, 2)
+    pair = np.arange(half)
+    first = low * (w_low * q_low) + high * (w_high * q_high)
+    by_sines = low * (w_low * q_high) - high * (w_high * q_low)
+    slowly = low * (s_low * q_high) + high * (s_high * q_low)
+    for offset in range(keys):
+        cos, sin = turns[
+            offset, pair // 16 * 4 + pair % 8 // 2, pair // 8 % 2, :, pair % 2
+        ].T  # as the kernel finds them
+        of_slow = first + offset / operands.SINE_SCALE * slowly
+        score = np.where(pair < fast, cos * first + sin * by_sines, of_slow).sum() / operands.SECOND_SCALE
+        exact = query @ rotated(config, key * k_norm, offset)
+        assert abs(score - exact) < 2.0**-11 * np.linalg.norm(query) * np.linalg.norm(key * k_norm)
+
+
+def test_blocks_of_pairs_that_turn_slowly():
+    """Of Qwen3's pairs half turn by less than a 64th of a radian from a tile's first key to its last."""
+    config, tile = make_config(head_dim=128, rope_theta=1e6), launch_decode.DECODE_TILE
+    assert launch_decode.fast_blocks(config, tile) == 4
+    assert launch_decode.fast_blocks(config, launch_decode.DECODE_TOGETHER * tile) == 5
+    assert launch_decode.fast_blocks(make_config(head_dim=128, rope_theta=1e2), tile) == 8
+    assert launch_decode.fast_blocks(make_config(head_dim=64, rope_theta=1e30), tile) == 1
+    scaled = make_config(head_dim=128, rope_theta=1e6, rope_scaling={"rope_type": "linear", "factor": 1e6})
+    assert launch_decode.fast_blocks(scaled, tile) == 1
+
+
+@pytest.mark.parametrize("head_dim", range(16, 257, 16))
 def test_two_keys_next_to_each_other_meet_no_bank_twice(head_dim):
     """Reads of 16 bytes go by eight lanes at a time, which are of two keys: 128 bytes, all banks."""
-    pieces = {(key * launch.turn_stride(head_dim) + quad) % 8 for key in range(2) for quad in range(4)}
-    assert len(pieces) == 8
-    assert launch.turn_stride(head_dim) >= head_dim // 4
+    for blocks in range(1, head_dim // 16 + 1):
+        stride, row = launch_decode.turn_stride(8 * blocks), launch_decode.turn_row(blocks)
+        places = [[(key * stride + quad) % 8, (key * row + (quad ^ (key * 4 if row % 8 == 0 else 0))) % 8]
+                  for key in range(2) for quad in range(4)]  # fmt: skip
+        assert all(len(set(of_lanes)) == 8 for of_lanes in zip(*places, strict=True))
+        assert stride >= 4 * blocks
+        assert row >= 2 * blocks
 
 
 def test_step_turns_lead_from_one_row_to_the_next():

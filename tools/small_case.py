@@ -39,6 +39,8 @@ PROJECT_TILES = ((776, 32, (1, 4, 8)), (1032, 32, (4, 8)), (1288, 43, (4, 8)), (
 # The same for decode_project_folded, of columns for which there are weights with the input norm's in them.
 FOLDED_TILES = ((1024, 32, (1, 8)), (1088, 32, (4, 8)), (1344, 43, (4, 8)), (768, 26, (4, 8)))
 OUTPUT_TILES = (((18, 2), 128, None), ((18, 2), 128, 4), ((10, 2), 512, 22))
+# Calls, heads and multiprocessors for which a KV head has 5, 9 and 9 queries, with decode_combine and without.
+LARGER_NORMS = (((1,), (10, 2), 22), ((1,), (18, 2), None), ((1,), (18, 2), 4))
 # Heads, columns and multiprocessors for which decode_project and decode_output read rows as lines, 4, 5, 8 and 10 steps
 # to a unit and 8, 10 and 16, in one round of units and in several.
 LINES = (
@@ -121,6 +123,13 @@ def small_runs() -> list[Small]:
             Small("float16", False, calls=(1,), heads=heads, hidden_size=hidden_size, num_sms=num_sms, rest=True)
             for heads, hidden_size, num_sms in LINES[:4]
         ),
+        # What attend_decode does with larger norm weights.
+        *(
+            Small(dtype, False, calls=calls, heads=heads, num_sms=num_sms, rest=True)
+            for dtype in DTYPES
+            for calls, heads, num_sms in (((2, 8, 16, 1), (4, 2), None), ((8,), (4, 2), 12), *LARGER_NORMS)
+        ),
+        Small("bfloat16", False, batch=12, calls=(1,), num_sms=14, rest=True),
         *(Small(*kind, calls=(20, 1), heads=(16, 1)) for kind in both),
         Small("float16", False, calls=(1030, 1), heads=(16, 1), num_sms=1),  # four tiles of keys at a time
         Small("bfloat16", False, calls=(270, 1), heads=(16, 1)),  # parts for decode_combine
