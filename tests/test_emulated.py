@@ -463,7 +463,7 @@ def test_what_a_kernel_must_not_do_fails_the_launch(tmp_path, monkeypatch, body,
 # docs/numerics.md: relative L2 of two decode steps in 1e-3, by product.
 ONE_PAIR = {
     "float16": {1.5: 5.0, 2.5: 5.5, 3.6: 9.7, 6.0: 20.4, 7.9: 22.4},
-    "bfloat16": {1.5: 5.8, 2.5: 5.9, 3.6: 11.2, 6.0: 21.4, 7.9: 22.5},
+    "bfloat16": {1.5: 5.5, 2.5: 5.9, 3.6: 11.2, 6.0: 21.6, 7.9: 22.5},
 }
 TURNED_PAIR = 40
 
