@@ -85,20 +85,26 @@ def test_decode_fits_every_gpu(name, gpu):
     for precise, float32_angles, alone, seq in itertools.product(
         (False, True), (False, True), (False, True), (1, 3, 64)
     ):
-        shape = launch.Shape("float16", config.head_dim, precise, windowed=False, float32_angles=float32_angles)
-        one = launch_decode.attend_decode(config, shape, GPUS[gpu], seq, alone=alone)
-        assert one.smem_bytes + launch.STATIC_SMEM <= GPUS[gpu].block_smem
-        assert one.grid == GPUS[gpu].num_sms
+        for half_turns in {False, not precise}:
+            shape = launch.Shape("float16", config.head_dim, precise, windowed=False, float32_angles=float32_angles,
+                                 half_turns=half_turns)  # fmt: skip
+            one = launch_decode.attend_decode(config, shape, GPUS[gpu], seq, alone=alone)
+            assert one.smem_bytes + launch.STATIC_SMEM <= GPUS[gpu].block_smem
+            assert one.grid == GPUS[gpu].num_sms
 
 
 @pytest.mark.parametrize(
-    ("precise", "float32_angles", "alone"),
-    [(False, False, False), (False, False, True), (True, False, True), (True, True, False)],
-)
+    ("precise", "float32_angles", "alone", "half_turns"),
+    [(False, False, False, False), (False, False, True, False), (False, False, True, True), (True, False, True, False),
+     (True, True, False, False)],
+)  # fmt: skip
 @pytest.mark.parametrize("name", ["0.6B", "G 20, D 256", "G 1, D 80", "G 5, D 192"])
-def test_shared_memory_of_decode_is_what_the_kernel_takes(tmp_path, monkeypatch, name, precise, float32_angles, alone):
+def test_shared_memory_of_decode_is_what_the_kernel_takes(
+    tmp_path, monkeypatch, name, precise, float32_angles, alone, half_turns
+):
     pytest.importorskip("cupy")
-    shape = launch.Shape("float16", CONFIGS[name].head_dim, precise, windowed=False, float32_angles=float32_angles)
+    shape = launch.Shape("float16", CONFIGS[name].head_dim, precise, windowed=False, float32_angles=float32_angles,
+                         half_turns=half_turns)  # fmt: skip
     one = launch_decode.attend_decode(CONFIGS[name], shape, cuda.H200, 1, alone=alone)
     for file in kernels.SOURCES.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
