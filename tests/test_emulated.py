@@ -460,34 +460,46 @@ def test_what_a_kernel_must_not_do_fails_the_launch(tmp_path, monkeypatch, body,
         trial(tmp_path, monkeypatch, body, seeds=[0])
 
 
-# docs/numerics.md: relative L2 of two decode steps in 1e-3, by product.
+# docs/numerics.md: relative L2 in 1e-3 of two tokens, by product: of decode and of prefill where the 41st pair carries
+# everything; of prefill and of rounding as transformers does where the last one does, whatever the product.
 ONE_PAIR = {
-    "float16": {1.5: 5.0, 2.5: 5.5, 3.6: 9.7, 6.0: 20.4, 7.9: 22.4},
-    "bfloat16": {1.5: 5.5, 2.5: 5.9, 3.6: 11.2, 6.0: 21.6, 7.9: 22.5},
-}
+    "float16": (
+        {1.5: (5.0, 3.0), 2.5: (5.5, 10.6), 3.6: (9.7, 11.0), 6.0: (20.4, 12.3), 7.9: (22.4, 15.0)}, (0.47, 0.36)
+    ),
+    "bfloat16": (
+        {1.5: (5.5, 3.3), 2.5: (5.9, 9.8), 3.6: (11.2, 8.5), 6.0: (21.6, 11.4), 7.9: (22.5, 14.9)}, (2.2, 3.2)
+    ),
+}  # fmt: skip
 TURNED_PAIR = 40
 
 
-@pytest.mark.parametrize("product", ONE_PAIR["float16"])
+@pytest.mark.parametrize("product", ONE_PAIR["float16"][0])
 @pytest.mark.parametrize("dtype", HALVES)
 def test_decode_is_known_to_miss_where_one_pair_of_dims_carries_everything(gpu, dtype, product):
     """But not where that pair hardly turns, nor on the precise path. Whoever mends it changes that page, too."""
-    assert error_of_far_scores(dtype, product, None, precise=False) <= BARS[dtype]
-    assert error_of_far_scores(dtype, product, TURNED_PAIR, precise=True) <= BARS[dtype]
-    error = error_of_far_scores(dtype, product, TURNED_PAIR, precise=False)
-    assert 1e3 * error == pytest.approx(ONE_PAIR[dtype][product], rel=0.1)
+    by_product, of_slowest = ONE_PAIR[dtype]
+    slowest, turned = (errors_of_far_scores(dtype, product, pair, precise=False) for pair in (None, TURNED_PAIR))
+    precise = [errors_of_far_scores(dtype, product, pair, precise=True)[0] for pair in (None, TURNED_PAIR)]
+    print(f"{dtype} {product}, decode, prefill, transformers: {slowest} {turned}; precise decode: {precise}")
+    assert max(slowest[0], *precise) <= 1e3 * BARS[dtype]
+    assert slowest[1:] == pytest.approx(of_slowest, rel=0.1)
+    assert turned[:2] == pytest.approx(by_product[product], rel=0.1)
+    assert turned[0] < turned[2]
 
 
-def error_of_far_scores(dtype, product, pair, *, precise):
-    """Return the relative L2 error of two decode steps."""
+def errors_of_far_scores(dtype, product, pair, *, precise):
+    """Return relative L2 errors in 1e-3 of two tokens: as decode steps, at a prompt's end, rounded as transformers."""
     config = dataclasses.replace(config_of(2, 1, 128, 128), precise_threshold=0.5 if precise else 20.0)
     weights, x = far_scores(config, dtype, product, 402, pair)
     layer = ca.Attention(config, weights, dtype, "cuda")
     assert layer.precise == precise
+    at_once = layer(x, filled_cache(layer, [0], 402))[:, 400:]
     cache = filled_cache(layer, [0], 402)
-    prompt, tokens = np.ascontiguousarray(x[:, :400]), [np.ascontiguousarray(x[:, i : i + 1]) for i in (400, 401)]
-    layer(prompt, cache)
+    layer(np.ascontiguousarray(x[:, :400]), cache)
     past = held(cache, 0)
-    y = np.concatenate([layer(token, cache) for token in tokens], 1)
-    _, stages = reference.forward(config, weights, x[:, 400:], dtype=dtype, past=past)
-    return ca.relative_l2(y, stages["output"])
+    y = np.concatenate([layer(np.ascontiguousarray(x[:, i : i + 1]), cache) for i in (400, 401)], 1)
+    exact = reference.forward(config, weights, x[:, 400:], dtype=dtype, past=past)[1]["output"]
+    alike = reference.forward(config, weights, x[:, 400:], dtype=dtype, past=past, rounding="transformers")[1]["output"]
+    exact_at_once = reference.forward(config, weights, x, dtype=dtype)[1]["output"][:, 400:]
+    pairs = (y, exact), (at_once, exact_at_once), (alike, exact)
+    return tuple(round(1e3 * ca.relative_l2(found, expected), 2) for found, expected in pairs)
